@@ -1,0 +1,1 @@
+"""Language-model activations, kept and asked: see `README.md`."""

@@ -1,0 +1,75 @@
+"""What does `actstore COMMAND ...` run? The commands live in one file each, with the part of the code they call.
+
+Only the module of the command that is asked for is imported. Exit codes: 0 done, 1 an error of the program, 2 bad input,
+3 not found, 4 conflict, 5 storage, 6 damaged or too new, 7 a package is missing, 130 interrupted.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from actstore.errors import ActstoreError
+
+INTERRUPTED = 130
+
+COMMANDS = {
+    "demo": ("actstore.ingest.cli.demo", "train two tiny models, ingest both, ask everything"),
+    "import": ("actstore.ingest.cli.import_", "import documents as a corpus"),
+    "tokenize": ("actstore.ingest.cli.tokenize_", "cut a corpus into token rows"),
+    "ingest": ("actstore.ingest.cli.ingest", "run a model over a corpus and store its activations"),
+    "runs": ("actstore.cli.runs", "list the runs of a store"),
+    "info": ("actstore.cli.info", "show one run"),
+    "sql": ("actstore.query.cli.sql_", "run one SELECT over the store's views"),
+    "examples": ("actstore.query.cli.examples_", "find the contexts that most activate a neuron or direction"),
+    "nearest": ("actstore.query.cli.nearest_", "find the stored contexts nearest to a row, text or vector"),
+    "fsck": ("actstore.cli.fsck", "check every invariant of a store"),
+}
+"""Command: the module with `add_arguments(parser)` and `run(args) -> int`, and its line in the overview."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; errors of the tree become one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(arguments)
+    args = parser.parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except ActstoreError as error:
+        return _print_error(error, as_json=args.json)
+    except KeyboardInterrupt:
+        print("interrupted: everything committed is safe; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone: not an error, and nothing more can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    from actstore import __version__
+
+    parser = argparse.ArgumentParser(prog="actstore", description="A datastore for language-model activations.")
+    parser.add_argument("--version", action="version", version=f"actstore {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    asked = next((a for a in arguments if not a.startswith("-")), None)
+    for name, (module, line) in COMMANDS.items():
+        command = commands.add_parser(name, help=line, description=line)
+        command.add_argument("--json", action="store_true", help="print machine-readable JSON")
+        if name == asked:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    return parser
+
+
+def _print_error(error: ActstoreError, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": {"kind": str(error.kind), "message": error.message}}))
+    else:
+        print(f"actstore: {error.message} [{error.kind}]", file=sys.stderr)
+    return error.exit_code

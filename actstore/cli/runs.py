@@ -1,0 +1,40 @@
+"""Which runs does a store hold?"""
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+import actstore
+
+HELP = "list the runs of a store"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="STORE", help="folder or URL of the store")
+
+
+def run(args: argparse.Namespace) -> int:
+    store = actstore.open(args.store)
+    rows = [
+        {
+            "run": r.id,
+            "model": str(r.model["source"]),
+            "hook_points": len(r.hook_points),
+            "dtype": r.config["dtype"],
+            "rows": r.n_rows,
+            "units": r.n_units,
+            "bytes": r.collection.nbytes,
+            "complete": r.is_complete,
+        }
+        for r in store.runs()
+    ]
+    if args.json:
+        print(json.dumps({"version": store.version, "runs": rows}))
+        return 0
+    table = Table("run", "model", "hook points", "dtype", "rows", "units", "bytes", "complete")
+    for row in rows:
+        table.add_row(*(f"{v:,}" if type(v) is int else str(v) for v in row.values()))
+    Console(markup=False).print(table if rows else "no runs yet: `actstore ingest` makes one")
+    return 0

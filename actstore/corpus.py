@@ -1,0 +1,100 @@
+"""What does a corpus hold, and how are single documents read from it? (FORMAT.md, section 7)"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from actstore.errors import ErrorKind, NotFoundError
+from actstore.log.values import Collection, Unit
+from actstore.objects import ObjectReader
+
+DOC_ID = "doc_id"
+TEXT = "text"
+SOURCE_KEY = "source_key"
+FIXED_COLUMNS = (DOC_ID, TEXT, SOURCE_KEY)
+"""Columns of every corpus; all others are the user's metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Immutable documents, numbered from 0 in the order they were imported, in Parquet parts."""
+
+    collection: Collection
+    objects: ObjectReader
+
+    @property
+    def id(self) -> str:
+        """The corpus's name."""
+        return self.collection.id
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents."""
+        return self.collection.rows
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Arrow type, as text, of every stored column, metadata included."""
+        return dict(self.collection.config["columns"])
+
+    @property
+    def parts(self) -> list[Unit]:
+        """The Parquet parts in document order."""
+        return [self.collection.units[i] for i in sorted(self.collection.units)]
+
+    def part_paths(self, first_doc: int = 0, last_doc: int | None = None) -> Iterator[str]:
+        """Yield checked local files of the parts that hold documents `first_doc` to `last_doc`, both included."""
+        for part in self.parts:
+            start = int(part.meta["first_doc"])
+            if start + part.rows > first_doc and (last_doc is None or start <= last_doc):
+                yield self.objects.file(part.objects[0])
+
+    def documents(self, doc_ids: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the given documents, in the order asked, one table row each.
+
+        Reads the row groups that hold them, not whole parts.
+
+        Args:
+            doc_ids: Document numbers; may repeat.
+            columns: Columns to read besides `doc_id`; None for all.
+
+        Raises:
+            NotFoundError: a number outside `[0, n_documents)`.
+        """
+        wanted = np.asarray(doc_ids, dtype=np.int64)
+        bad = wanted[(wanted < 0) | (wanted >= self.n_documents)]
+        if bad.size:
+            raise NotFoundError(
+                ErrorKind.ROW_NOT_FOUND,
+                f"document {int(bad[0])} was asked for, corpus {self.id!r} has documents [0, {self.n_documents})",
+            )
+        names = None if columns is None else list(dict.fromkeys([DOC_ID, *columns]))
+        unique = np.unique(wanted)
+        pieces = []
+        for part in self.parts:
+            start = int(part.meta["first_doc"])
+            inside = unique[(unique >= start) & (unique < start + part.rows)]
+            if inside.size:
+                pieces.append(_read_documents(self.objects.file(part.objects[0]), inside, names))
+        if not pieces:
+            return (
+                pq.read_schema(self.objects.file(self.parts[0].objects[0])).empty_table().select(names or [])
+            )
+        table = pa.concat_tables(pieces)
+        return table.take(pa.array(np.searchsorted(unique, wanted)))
+
+
+def _read_documents(path: str, doc_ids: np.ndarray, columns: list[str] | None) -> pa.Table:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        index = file.schema_arrow.get_field_index(DOC_ID)
+        groups = []
+        for g in range(file.metadata.num_row_groups):
+            bounds = file.metadata.row_group(g).column(index).statistics
+            if np.searchsorted(doc_ids, bounds.min) < np.searchsorted(doc_ids, bounds.max, side="right"):
+                groups.append(g)
+        table = file.read_row_groups(groups, columns=columns)
+    return table.filter(pc.is_in(table[DOC_ID], value_set=pa.array(doc_ids)))

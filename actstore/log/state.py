@@ -1,0 +1,111 @@
+"""What does the store hold at one version? (FORMAT.md, section 4.4)
+
+A `State` is an immutable value: the one a reader has pinned never changes under it, and the next version's shares
+everything but what changed (see `actstore.log.chunked`). `actstore.log.fold` makes one from another.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from actstore.errors import ErrorKind, NotFoundError
+from actstore.log.chunked import ChunkedMap
+from actstore.log.entries import (
+    MODULUS,
+    collection_entry,
+    epoch_entry,
+    format_entry,
+    seal_entry,
+    tomb_entry,
+    txn_entry,
+    unit_entry,
+)
+from actstore.log.manifest import After
+from actstore.log.values import Collection, Format, StoredObject
+
+KEPT_TXNS = 4096
+"""So many versions back a retried transaction is still recognised; a retry comes within minutes, and adds are
+idempotent without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything the store holds at `version`."""
+
+    version: int
+    manifest_sha256: str
+    """SHA-256 of the bytes of this version's manifest, 64 hex digits."""
+
+    format: Format
+    collections: Mapping[tuple[str, str], Collection]
+    """By kind and id."""
+
+    txns: ChunkedMap[str]
+    """Transaction by version, for the last `KEPT_TXNS` versions."""
+
+    tombs: Mapping[str, str]
+    """Key to the time before which it must not be deleted."""
+
+    hash_sum: int
+    """Sum of the entry hashes, see `actstore.log.entries`."""
+
+    n_units: int = 0
+    n_rows: int = 0
+    nbytes: int = 0
+    """Stored bytes of all live units and seals."""
+
+    def collection(self, kind: str, id: str) -> Collection:
+        """Return a collection.
+
+        Raises:
+            NotFoundError: there is none; the message lists ids of that kind, those alike first.
+        """
+        found = self.collections.get((kind, id))
+        if found is not None:
+            return found
+        ids = sorted(i for k, i in self.collections if k == kind)
+        near = difflib.get_close_matches(id, ids, n=5, cutoff=0.5) or ids[:10]
+        hint = f"did you mean one of {near}?" if near else f"the store has no {kind} yet"
+        raise NotFoundError(
+            ErrorKind.COLLECTION_NOT_FOUND, f"no {kind} {id!r} at version {self.version}: {hint}"
+        )
+
+    def version_of_txn(self, txn: str) -> int | None:
+        """Return the version that a transaction made, or None when it is not among the recent ones."""
+        return next((version for version, known in self.txns.items() if known == txn), None)
+
+    def objects(self) -> Iterator[StoredObject]:
+        """Yield every live object: those of units, then of the seal, collection by collection."""
+        for collection in self.collections.values():
+            for unit in collection.units.values():
+                yield from unit.objects
+            if collection.seal is not None:
+                yield from collection.seal.objects
+
+    @property
+    def after(self) -> After:
+        """What the manifest of this version says about it."""
+        return After(
+            collections=len(self.collections),
+            units=self.n_units,
+            rows=self.n_rows,
+            nbytes=self.nbytes,
+            state=f"{self.hash_sum % MODULUS:064x}",
+        )
+
+    def entries(self) -> Iterator[bytes]:
+        """Yield every entry of the state, see `actstore.log.entries`."""
+        yield format_entry(self.format)
+        for collection in self.collections.values():
+            kind, id = collection.kind, collection.id
+            yield collection_entry(collection)
+            if collection.epoch:
+                yield epoch_entry(kind, id, collection.epoch)
+            for unit in collection.units.values():
+                yield unit_entry(kind, id, unit)
+            if collection.seal is not None:
+                yield seal_entry(collection.seal)
+        for key, not_before in self.tombs.items():
+            yield tomb_entry(key, not_before)
+        for version, txn in self.txns.items():
+            yield txn_entry(txn, version)

@@ -1,0 +1,138 @@
+"""How are stored tables read without ever trusting their bytes?
+
+Every object a reader opens was promised by a manifest with its length and SHA-256. `ObjectReader` hands out bytes, Arrow
+tables, or the path of a file for libraries that read files themselves (DuckDB, pyarrow), and in each case the object has
+been checked first. On a local disk the object itself is the file; elsewhere it is a copy in a bounded cache, named by its
+hash. A checked file is remembered by its path, size, times and inode, so a later change means a new check.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actstore.errors import ErrorKind, FormatError
+from actstore.log.values import StoredObject
+from actstore.storage import Storage, read_verified
+
+_REMEMBERED_FILES = 65_536
+
+
+class ObjectReader:
+    """Reads promised objects of one storage. Safe for use from many threads."""
+
+    def __init__(self, storage: Storage, *, cache_dir: Path | None, cache_bytes: int) -> None:
+        """Make a reader; touches nothing yet.
+
+        Args:
+            storage: Where the objects are.
+            cache_dir: Folder for copies of remote objects; None for the user's cache folder.
+            cache_bytes: The copies' total size is brought under this after each new one; the newest always stays.
+        """
+        self.storage = storage
+        self._cache_dir = cache_dir
+        self._cache_bytes = cache_bytes
+        self._checked: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, obj: StoredObject) -> bytes:
+        """Return the whole object, checked.
+
+        Raises:
+            FormatError: it is missing, or its length or hash is not the promised one.
+        """
+        return read_verified(self.storage, obj)
+
+    def file(self, obj: StoredObject) -> str:
+        """Return the path of a local file that holds exactly the promised bytes.
+
+        Raises:
+            FormatError: the object is missing or damaged.
+        """
+        local = self.storage.local_path(obj.key)
+        if local is None:
+            return self._cached_copy(obj)
+        self._check_file(local, obj)
+        return local
+
+    def table(self, obj: StoredObject, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return a Parquet object as an Arrow table, checked, with only `columns` read."""
+        return pq.read_table(
+            self.file(obj),
+            columns=None if columns is None else list(columns),
+            page_checksum_verification=True,
+        )
+
+    def _check_file(self, path: str, obj: StoredObject) -> None:
+        try:
+            with open(path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                identity = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, obj.sha256)
+                with self._lock:
+                    if identity in self._checked:
+                        return
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise FormatError(
+                ErrorKind.OBJECT_MISSING,
+                f"object {obj.key!r} ({obj.nbytes} bytes) is missing: restore it from a backup, or run fsck for all damage",
+            ) from error
+        if stat.st_size != obj.nbytes or digest != obj.sha256:
+            raise FormatError(
+                ErrorKind.OBJECT_DAMAGED,
+                f"object {obj.key!r} should be {obj.nbytes} bytes with SHA-256 {obj.sha256}, found {stat.st_size} bytes "
+                f"with {digest}: restore it from a backup, or run fsck for all damage",
+            )
+        with self._lock:
+            self._checked[identity] = None
+            while len(self._checked) > _REMEMBERED_FILES:
+                self._checked.popitem(last=False)
+
+    def _cached_copy(self, obj: StoredObject) -> str:
+        folder = self._folder()
+        path = folder / obj.sha256
+        if path.exists():
+            with contextlib.suppress(FormatError):  # a damaged copy is simply fetched again
+                self._check_file(str(path), obj)
+                return str(path)
+        handle, tmp = tempfile.mkstemp(dir=folder, prefix=".fetch-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.read(obj))
+            os.replace(tmp, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(tmp)
+            raise
+        self._evict(folder, keep=path)
+        self._check_file(str(path), obj)
+        return str(path)
+
+    def _folder(self) -> Path:
+        if self._cache_dir is None:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            self._cache_dir = base / "actstore" / "objects"
+        self._cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self._cache_dir
+
+    def _evict(self, folder: Path, *, keep: Path) -> None:
+        entries = []
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                stat = entry.stat()
+                entries.append((stat.st_mtime_ns, stat.st_size, entry.path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self._cache_bytes:
+                break
+            if path != str(keep):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                total -= size

@@ -1,0 +1,202 @@
+"""What does a question get back? An Arrow table, and what must be known to trust and repeat it."""
+
+import base64
+import datetime
+import io
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from actstore._lazy import missing
+from actstore.show import SHOWN_ROWS, html_table, terminal_table, visible
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meta:
+    """Where an answer comes from, how exact it is, and what was left out of it."""
+
+    version: int
+    """The store version that answered; `store.at(version)` answers the same again."""
+
+    exact: bool = True
+    """Whether this is the true answer, or an index's approximation of it."""
+
+    recall: float | None = None
+    """Share of the true answer that is in this one, as measured against brute force; 1.0 when exact; None: no such notion."""
+
+    n_requested: int | None = None
+    """Rows asked for; None when the question sets no number."""
+
+    n_returned: int = 0
+    """Rows of the table."""
+
+    n_eligible: int | None = None
+    """Stored rows that could have been in the answer, after all masks; None when the question has no such notion."""
+
+    bytes_read: int = 0
+    """Bytes of stored objects that this answer was computed from, as stored, whether they came from a cache or not."""
+
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """The question with every default spelled out."""
+
+    mask: Mapping[str, Any] = field(default_factory=dict)
+    """What kept rows out, and how many it kept out; a row is counted at the first mask that removes it."""
+
+    seed: int | None = None
+    """Seed of whatever was random; None when nothing was."""
+
+    budget: Mapping[str, Any] | None = None
+    """Limits on memory, time or size that were in force."""
+
+    warnings: tuple[str, ...] = ()
+    """What a careful reader of the answer should know."""
+
+    elapsed_s: float = 0.0
+    """Wall-clock seconds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Result:
+    """An answer: rows, and `meta` about them. `len()` counts rows, iteration gives dictionaries.
+
+    >>> result = Result(pa.table({"row": [3], "value": [0.5]}), Meta(version=7, n_returned=1))
+    >>> result.to_dicts(), result.meta.version
+    ([{'row': 3, 'value': 0.5}], 7)
+    """
+
+    table: pa.Table
+    meta: Meta
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.table.to_batches(max_chunksize=1024):
+            yield from batch.to_pylist()
+
+    def to_arrow(self) -> pa.Table:
+        """Return the rows as an Arrow table; no copy."""
+        return self.table
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return the rows as dictionaries."""
+        rows: list[dict[str, Any]] = self.table.to_pylist()
+        return rows
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return the rows as a pandas data frame.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas  # noqa: F401, ICN001
+        except ModuleNotFoundError as error:
+            raise missing("pandas", needed_for="to_pandas()", extra="query") from error
+        return self.table.to_pandas()
+
+    def to_polars(self) -> "pl.DataFrame":
+        """Return the rows as a polars data frame.
+
+        Raises:
+            MissingDependencyError: polars is not installed.
+        """
+        try:
+            import polars
+        except ModuleNotFoundError as error:
+            raise missing("polars", needed_for="to_polars()", extra="query") from error
+        frame = polars.from_arrow(self.table)
+        return frame if isinstance(frame, polars.DataFrame) else frame.to_frame()
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return `{"columns", "rows", "nonfinite", "meta"}` as strict, ASCII JSON.
+
+        JSON has no NaN and no infinity: they become null, `nonfinite` counts them and a warning in `meta` says so.
+        Timestamps are ISO 8601, binary values Base64, decimals integers when whole and text when not.
+        """
+        encoder = _JsonValues()
+        rows = [encoder.convert(row) for row in self]
+        meta = encoder.convert(self.meta.to_dict())
+        if encoder.nonfinite:
+            meta["warnings"].append(
+                f"{encoder.nonfinite} values are NaN or infinite and are written as null here"
+            )
+        answer = {
+            "columns": self.table.column_names,
+            "rows": rows,
+            "nonfinite": encoder.nonfinite,
+            "meta": meta,
+        }
+        return json.dumps(answer, indent=indent, allow_nan=False)
+
+    def __repr__(self) -> str:
+        width = max(80, shutil.get_terminal_size((120, 24)).columns)
+        console = Console(file=io.StringIO(), width=width, no_color=True, legacy_windows=False)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield terminal_table(self.table, title=self._title(), caption=self._caption())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.table, title=self._title(), caption=self._caption())
+
+    def _title(self) -> str:
+        verb = self.meta.request.get("verb", "result")
+        return f"{verb}: {len(self)} rows, store version {self.meta.version}"
+
+    def _caption(self) -> str:
+        meta = self.meta
+        parts = []
+        if len(self) > SHOWN_ROWS:
+            parts.append(f"{SHOWN_ROWS} of {len(self)} rows shown")
+        if meta.n_eligible is not None:
+            parts.append(f"{meta.n_eligible} rows eligible")
+        if meta.recall is not None:
+            parts.append("exact" if meta.exact else f"approximate, recall {meta.recall:.3f}")
+        parts.append(f"{meta.bytes_read / 1e6:.1f} MB read in {meta.elapsed_s:.2f} s")
+        parts += [f"warning: {visible(w)}" for w in meta.warnings]
+        return "; ".join(parts)
+
+
+class _JsonValues:
+    """Turns values of Arrow tables into values of strict JSON, counting what JSON cannot say."""
+
+    def __init__(self) -> None:
+        self.nonfinite = 0
+
+    def convert(self, value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, str)):
+            return value
+        if isinstance(value, float):
+            if math.isfinite(value):
+                return value
+            self.nonfinite += 1
+            return None
+        if isinstance(value, Mapping):
+            return {str(k): self.convert(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.convert(v) for v in value]
+        if isinstance(value, Decimal):
+            return int(value) if value == value.to_integral_value() else str(value)
+        if isinstance(value, (datetime.date, datetime.time)):
+            return value.isoformat()
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return base64.b64encode(value).decode("ascii")
+        return str(value)

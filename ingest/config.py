@@ -1,0 +1,141 @@
+"""What does the user ask of an ingest, and what of it shapes the stored numbers?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from actstore.errors import ErrorKind, InvalidInputError
+from actstore.names import check_name
+
+DTYPES = {
+    "fp32": "float32",
+    "float32": "float32",
+    "fp16": "float16",
+    "float16": "float16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+}
+"""Accepted spellings of a floating-point type, to the one that is stored."""
+
+CODECS = ("hot", "lz4", "cold")
+POLICIES = ("error", "mask")
+
+
+@dataclass(frozen=True, slots=True)
+class IngestConfig:
+    """One ingest: a model's activations over a corpus, as a run.
+
+    >>> IngestConfig(corpus="news", model="models/tiny", hook_points=["layers.*.resid_post"], run="tiny@news").dtype
+    'auto'
+    """
+
+    corpus: str
+    """Name of a corpus in the store."""
+
+    model: str
+    """Local folder or hub name of a transformer with safetensors weights."""
+
+    hook_points: Sequence[str]
+    """Names, globs and ranges: `embed`, `layers.*.resid_post`, `layers.{4..8}.mlp_act`, `module:<path>`."""
+
+    run: str
+    """Name of the run, new or to be resumed."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; pinned to the commit it names now."""
+
+    tokenizer: str | None = None
+    """Local folder or hub name; None for the model's own."""
+
+    window: int | None = None
+    """Tokens the model sees at once, special tokens included; None for the model's context, at most 4,096."""
+
+    overlap: int = 0
+    """Tokens that neighbouring windows of a long document share."""
+
+    rows_per_unit: int | Literal["auto"] = "auto"
+    """Row numbers per unit of work; "auto" fits it to the corpus (2,048 to 65,536)."""
+
+    dtype: str = "auto"
+    """Stored type: float32 (fp32), float16 (fp16), bfloat16 (bf16); "auto" for the one the model computes in."""
+
+    compute_dtype: str = "auto"
+    """Type the model computes in; "auto" for the one its weights are stored in."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, `mps`; "auto" takes a GPU where there is one."""
+
+    attn_implementation: str | None = None
+    """`eager`, `sdpa`, `flash_attention_2`, ...; None for what transformers picks. Recorded."""
+
+    batch_tokens: int = 8_192
+    """Padded tokens per forward pass. Part of the fingerprint: bf16 results depend on the batch's shape."""
+
+    codec: str = "hot"
+    """`hot` (raw rows), `lz4` or `cold` (bf16 only): speed against size."""
+
+    nonfinite: str = "error"
+    """NaN or infinite activations: `error` stops the job, `mask` stores and counts them; queries leave them out."""
+
+    workers: int = 1
+    """Actors, each with its own copy of the model."""
+
+    ray_address: str | None = "local"
+    """`local` starts Ray on this machine, `auto` joins the running cluster, `ray://host:port` a remote one; None runs in
+    this process without Ray."""
+
+    max_attempts: int = 3
+    """Times a unit is tried on errors that may pass (a died actor, a storage failure) before the job fails."""
+
+    commit_units: int = 64
+    """Units per commit at most."""
+
+    commit_interval_s: float = 5.0
+    """Finished units wait at most this long for their commit: what a crash can cost to redo."""
+
+    def check(self) -> "IngestConfig":
+        """Return the configuration with spellings normalised.
+
+        Raises:
+            InvalidInputError: a value that cannot work, whatever the store and the model.
+        """
+        check_name(self.run, what="run name")
+        check_name(self.corpus, what="corpus name")
+        if isinstance(self.hook_points, str) or not self.hook_points:
+            raise _bad("hook_points", self.hook_points, "a non-empty list of hook points")
+        for field in ("dtype", "compute_dtype"):
+            value = getattr(self, field)
+            if value != "auto" and value not in DTYPES:
+                raise _bad(field, value, f"one of auto, {', '.join(DTYPES)}")
+        if self.codec not in CODECS:
+            raise _bad("codec", self.codec, f"one of {', '.join(CODECS)}")
+        if self.nonfinite not in POLICIES:
+            raise _bad("nonfinite", self.nonfinite, f"one of {', '.join(POLICIES)}")
+        for field in ("workers", "batch_tokens", "max_attempts", "commit_units"):
+            if getattr(self, field) < 1:
+                raise _bad(field, getattr(self, field), "at least 1")
+        if self.window is not None and self.window < 2:
+            raise _bad("window", self.window, "at least 2 tokens")
+        if self.ray_address is None and self.workers > 1:
+            raise _bad("workers", self.workers, "1 without Ray: drop --no-ray to use more")
+        return self
+
+
+def _bad(field: str, value: object, expected: str) -> InvalidInputError:
+    return InvalidInputError(ErrorKind.BAD_ARGUMENT, f"{field} must be {expected}, got {value!r}")
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return one line per leaf that differs between two configurations, `name: old -> new`.
+
+    >>> config_differences({"a": 1, "m": {"x": 1}}, {"a": 1, "m": {"x": 2}})
+    ['m.x: 1 -> 2']
+    """
+    lines: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += config_differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            lines.append(f"{prefix}{name}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,210 @@
+"""Which model is it, exactly, that computes the activations?
+
+A model is loaded without its head from a local folder or, at a pinned commit, from the Hugging Face hub; from safetensors
+files only, and never with code that came along. Weights that the files lack are an error, not random numbers.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+
+from .architectures import ModelMap, map_model
+from .weights import WeightFiles, config_sha256, find_weights, weights_sha256
+
+if TYPE_CHECKING:
+    import torch
+
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to compute: in evaluation mode, without gradients, cache or head."""
+
+    model: Any
+    """The base model, a `transformers.PreTrainedModel`."""
+    config: Any
+    """Its configuration, a `transformers.PretrainedConfig`."""
+    map: ModelMap
+    """Where its hook points lie."""
+    fingerprint: dict[str, str]
+    """What the numbers depend on: architecture, config and weight hashes (or the hub's commit), dtype, attention
+    implementation. No paths and no names: the same model elsewhere has the same fingerprint."""
+    dtype: str
+    """Compute dtype, one of `COMPUTE_DTYPES`."""
+    attn_implementation: str
+    """`eager`, `sdpa`, ..."""
+    revision: str | None
+    """Commit hash on the hub; None for a local folder."""
+    d_model: int
+    """Width of the residual stream."""
+    context_length: int | None
+    """Most tokens in one window; None where positions are unlimited."""
+    vocab_size: int
+    """Token ids are below this."""
+
+    @property
+    def device(self) -> "torch.device":
+        """Where input ids go."""
+        device: torch.device = self.model.device
+        return device
+
+
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str | None = None,
+    cache_dir: str | None = None,
+    offline: bool = False,
+) -> LoadedModel:
+    """Return the base model of `source`, ready to compute.
+
+    Reads a local folder's weights twice: once to hash them, once to load them.
+
+    Args:
+        source: A folder with `config.json` and safetensors files, or a name on the hub (`owner/model`).
+        revision: Branch, tag or commit on the hub; resolved to a commit, which the fingerprint holds.
+        dtype: Compute dtype, `auto` for the one the weights were saved in.
+        device: `auto` for the first of CUDA, MPS and CPU that is there.
+        attn_implementation: `eager`, `sdpa`, ...; None for what transformers prefers. Recorded.
+        cache_dir: Folder of the hub's cache; None for its default.
+        offline: Whether to look in that cache only.
+
+    Raises:
+        NotFoundError: no such folder, or a hub name that cannot be had.
+        InvalidInputError: not safetensors, weights missing, an unknown or unfit architecture, or a bad argument.
+        MissingDependencyError: torch or transformers is not installed.
+    """
+    if dtype not in ("auto", *COMPUTE_DTYPES):
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"compute dtype {dtype!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}"
+        )
+    files = find_weights(source, revision=revision, cache_dir=cache_dir, offline=offline)
+    target = _pick_device(device)
+    model = _from_pretrained(source, files, dtype=dtype, attn_implementation=attn_implementation)
+    config = model.config
+    compute_dtype = str(model.dtype).removeprefix("torch.")
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise InvalidInputError(
+            ErrorKind.BAD_MODEL,
+            f"model {source!r} computes in {compute_dtype}: name one of {', '.join(COMPUTE_DTYPES)} as its dtype",
+        )
+    model.eval().requires_grad_(False).to(target)
+    text_config = config.get_text_config()
+    config.use_cache = text_config.use_cache = False
+    implementation = str(config._attn_implementation)
+    identity = {"revision": files.commit} if files.commit else {"weights_sha256": weights_sha256(files.weights)}
+    return LoadedModel(
+        model=model,
+        config=config,
+        map=map_model(model),
+        fingerprint={
+            "architecture": type(model).__name__,
+            "config_sha256": config_sha256(files.config),
+            **identity,
+            "dtype": compute_dtype,
+            "attn_implementation": implementation,
+        },
+        dtype=compute_dtype,
+        attn_implementation=implementation,
+        revision=files.commit,
+        d_model=int(text_config.hidden_size),
+        context_length=_context_length(model, text_config),
+        vocab_size=int(model.get_input_embeddings().num_embeddings),
+    )
+
+
+def _from_pretrained(source: str, files: WeightFiles, *, dtype: str, attn_implementation: str | None) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+        if getattr(config, "is_encoder_decoder", False):
+            raise InvalidInputError(
+                ErrorKind.BAD_MODEL,
+                f"model {source!r} ({config.model_type}) has an encoder and a decoder, and a row is one token of one"
+                " stack: use a decoder-only or an encoder-only model",
+            )
+        with _quiet_transformers():
+            model, loading = AutoModel.from_pretrained(
+                files.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except InvalidInputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InvalidInputError(
+            ErrorKind.BAD_MODEL,
+            f"model {source!r} cannot be loaded: {error}. It must be of an architecture that the installed transformers"
+            " has, with safetensors weights and no code of its own; check its files and the arguments",
+        ) from error
+    _check_complete(source, model, set(loading["missing_keys"]))
+    return model
+
+
+def _check_complete(source: str, model: Any, missing: set[str]) -> None:
+    """Raise if weights were made up. A missing pooler, which language-model checkpoints of BERT lack, is taken off."""
+    made_up = sorted(name for name in missing if not name.startswith("pooler."))
+    if made_up:
+        raise InvalidInputError(
+            ErrorKind.BAD_MODEL,
+            f"the files of model {source!r} lack {len(made_up)} of its weights ({', '.join(made_up[:3])}, ...), which"
+            " would be random numbers: its config.json and its safetensors files must belong together",
+        )
+    if missing:
+        model.pooler = None
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep progress bars and the report of unused head weights off the terminal; put back what was set."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _pick_device(device: str) -> "torch.device":
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"device {device!r} cannot be used here ({error}): use auto, cpu, cuda, cuda:1 or mps"
+        ) from error
+    return target
+
+
+def _context_length(model: Any, text_config: Any) -> int | None:
+    length = getattr(text_config, "max_position_embeddings", None)
+    if not length:
+        return None
+    # RoBERTa's positions start behind its padding index, so that many rows of the table are never used.
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return int(length) - (padding + 1 if padding is not None else 0)
