@@ -1,1 +1,45 @@
-"""Language-model activations, kept and asked: see `README.md`."""
+"""Language-model activations, kept and asked.
+
+    import actstore
+    store = actstore.open("my.store")
+    run = store.run("pythia@demo")
+    run.examples(actstore.neuron("layers.3.mlp_act", 7), k=20)
+
+Reading a store needs neither torch nor Ray. Writing lives in `actstore.ingest`, answering in `actstore.query`.
+"""
+
+from actstore.errors import (
+    ActstoreError,
+    ConflictError,
+    ErrorKind,
+    FormatError,
+    InvalidInputError,
+    MissingDependencyError,
+    NotFoundError,
+    StorageError,
+)
+from actstore.result import Result
+from actstore.run import Run
+from actstore.store import Store
+from actstore.store import open_store as open  # noqa: A004 - the name users know from every store of this kind
+from actstore.targets import direction, latent, neuron
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActstoreError",
+    "ConflictError",
+    "ErrorKind",
+    "FormatError",
+    "InvalidInputError",
+    "MissingDependencyError",
+    "NotFoundError",
+    "Result",
+    "Run",
+    "StorageError",
+    "Store",
+    "direction",
+    "latent",
+    "neuron",
+    "open",
+]

@@ -264,7 +264,8 @@ def _braces(pattern: str) -> list[str]:
         todo += [text[: found.start()] + choice + text[found.end() :] for choice in choices]
         if len(todo) + len(done) > _MAX_EXPANSION:
             raise InvalidInputError(
-                ErrorKind.BAD_ARGUMENT, f"hook point {pattern!r} stands for over {_MAX_EXPANSION} names: name fewer"
+                ErrorKind.BAD_ARGUMENT,
+                f"hook point {pattern!r} stands for over {_MAX_EXPANSION} names: name fewer",
             )
     return done
 

@@ -1,7 +1,7 @@
 """What does a question get back? An Arrow table, and what must be known to trust and repeat it."""
 
 import base64
-import datetime
+import datetime as dt
 import io
 import json
 import math
@@ -33,7 +33,7 @@ class Meta:
     """Whether this is the true answer, or an index's approximation of it."""
 
     recall: float | None = None
-    """Share of the true answer that is in this one, as measured against brute force; 1.0 when exact; None: no such notion."""
+    """Share of the true answer that is in this one, measured against brute force; 1.0 when exact; None: no such notion."""
 
     n_requested: int | None = None
     """Rows asked for; None when the question sets no number."""
@@ -105,7 +105,7 @@ class Result:
             MissingDependencyError: pandas is not installed.
         """
         try:
-            import pandas  # noqa: F401, ICN001
+            import pandas as pd  # noqa: F401
         except ModuleNotFoundError as error:
             raise missing("pandas", needed_for="to_pandas()", extra="query") from error
         return self.table.to_pandas()
@@ -117,11 +117,11 @@ class Result:
             MissingDependencyError: polars is not installed.
         """
         try:
-            import polars
+            import polars as pl
         except ModuleNotFoundError as error:
             raise missing("polars", needed_for="to_polars()", extra="query") from error
-        frame = polars.from_arrow(self.table)
-        return frame if isinstance(frame, polars.DataFrame) else frame.to_frame()
+        frame = pl.from_arrow(self.table)
+        return frame if isinstance(frame, pl.DataFrame) else frame.to_frame()
 
     def to_json(self, *, indent: int | None = None) -> str:
         """Return `{"columns", "rows", "nonfinite", "meta"}` as strict, ASCII JSON.
@@ -149,10 +149,12 @@ class Result:
         console = Console(file=io.StringIO(), width=width, no_color=True, legacy_windows=False)
         console.print(self)
         assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield terminal_table(self.table, title=self._title(), caption=self._caption())
+        yield terminal_table(
+            self.table, title=self._title(), caption=self._caption(), width=options.max_width
+        )
 
     def _repr_html_(self) -> str:
         return html_table(self.table, title=self._title(), caption=self._caption())
@@ -195,7 +197,7 @@ class _JsonValues:
             return [self.convert(v) for v in value]
         if isinstance(value, Decimal):
             return int(value) if value == value.to_integral_value() else str(value)
-        if isinstance(value, (datetime.date, datetime.time)):
+        if isinstance(value, (dt.date, dt.time)):
             return value.isoformat()
         if isinstance(value, (bytes, bytearray, memoryview)):
             return base64.b64encode(value).decode("ascii")

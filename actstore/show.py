@@ -17,9 +17,12 @@ SHOWN_ROWS = 50
 """Rows of an answer that are shown; the others are only counted."""
 
 _SHOWN_CHARS = 200
+_LEAST_WIDTH = 10
+"""Terminal columns that a column of an answer needs to be readable, its frame included."""
+
 _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories that show as nothing or move other text: controls, formats (bidi, zero width), surrogates, line ends."""
+"""Unicode categories that show as nothing or move other text: controls, formats (bidi, zero width), line ends."""
 
 _CONTEXT_FIELDS = frozenset({"text", "token_start", "token_end", "tokens", "token_index", "values"})
 _POSITIVE, _NEGATIVE = "255,140,0", "70,130,255"
@@ -50,15 +53,28 @@ def is_context(type_: pa.DataType) -> bool:
     return pa.types.is_struct(type_) and {f.name for f in type_} >= _CONTEXT_FIELDS
 
 
-def terminal_table(table: pa.Table, *, title: str, caption: str) -> Table:
-    """Return the first rows as a rich table; text of the corpus is never read as rich markup."""
+def terminal_table(table: pa.Table, *, title: str, caption: str, width: int) -> Table:
+    """Return the first rows as a rich table for `width` columns; text of the corpus is never read as rich markup."""
     shown = Table(title=Text(visible(title)), caption=Text(visible(caption)), title_justify="left")
     shown.caption_justify = "left"
+    if table.num_columns * _LEAST_WIDTH > width:
+        return _records(shown, table)
     for field in table.schema:
         numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
         shown.add_column(Text(visible(field.name)), justify="right" if numeric else "left", overflow="fold")
     for row in _head(table):
         shown.add_row(*[_cell(value, field.type) for value, field in zip(row, table.schema, strict=True)])
+    return shown
+
+
+def _records(shown: Table, table: pa.Table) -> Table:
+    """Fill in a table that is too wide for the terminal with one line per value."""
+    shown.add_column("column")
+    shown.add_column("value", overflow="fold")
+    for row in _head(table):
+        for value, field in zip(row, table.schema, strict=True):
+            shown.add_row(Text(visible(field.name)), _cell(value, field.type))
+        shown.add_section()
     return shown
 
 

@@ -196,10 +196,19 @@ def stats_to_table(stats: Iterable[HookPointStats]) -> pa.Table:
 
 def stats_from_table(table: pa.Table) -> dict[str, HookPointStats]:
     """Return what `stats_to_table` wrote, by hook point."""
-    arrays = {"mean": np.float64, "m2": np.float64, "min": np.float32, "max": np.float32}
-    arrays |= {"norm_bins": np.int32, "norm_counts": np.int64}
     found = {}
     for row in table.to_pylist():
-        fields = {k: np.asarray(v, arrays[k]) if k in arrays else v for k, v in row.items()}
-        found[row["hook_point"]] = HookPointStats(**fields)
+        found[row["hook_point"]] = HookPointStats(
+            hook_point=row["hook_point"],
+            n_rows=row["n_rows"],
+            n_finite_rows=row["n_finite_rows"],
+            nonfinite=row["nonfinite"],
+            mean=np.asarray(row["mean"], np.float64),
+            m2=np.asarray(row["m2"], np.float64),
+            min=np.asarray(row["min"], np.float32),
+            max=np.asarray(row["max"], np.float32),
+            zero_norms=row["zero_norms"],
+            norm_bins=np.asarray(row["norm_bins"], np.int32),
+            norm_counts=np.asarray(row["norm_counts"], np.int64),
+        )
     return found

@@ -137,7 +137,7 @@ def parse_target(text: str) -> Target:
     """Return the target that a command line names.
 
     Args:
-        text: `neuron:HOOK_POINT:INDEX`, `direction:HOOK_POINT:FILE.npy` (FILE holds one vector) or `latent:DICTIONARY:INDEX`.
+        text: `neuron:HOOK_POINT:INDEX`, `direction:HOOK_POINT:FILE.npy` (with one vector) or `latent:DICTIONARY:INDEX`.
 
     Raises:
         InvalidInputError: none of the three forms.
@@ -177,7 +177,7 @@ def load_vectors(path: str | os.PathLike[str]) -> npt.NDArray[np.float64]:
     except (OSError, ValueError, EOFError) as error:
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
-            f"{os.fspath(path)!r} cannot be read as a .npy file of numbers ({error}): write it with numpy.save(path, vector)",
+            f"{os.fspath(path)!r} is no .npy file of numbers ({error}): write it with numpy.save(path, vector)",
         ) from error
     if not isinstance(values, np.ndarray):
         raise InvalidInputError(

@@ -1,0 +1,24 @@
+"""How does data come into a store? Corpora, tokenizations, and the activations of models over them.
+
+    from actstore import ingest
+    ingest.import_corpus(store, "news", "news.jsonl")
+    ingest.run(store, ingest.IngestConfig(corpus="news", model="gpt2", hook_points=["layers.*.resid_post"], run="gpt2@news"))
+
+Needs the extra `ingest` (torch, transformers, Ray), which are imported only when something uses them.
+"""
+
+from .config import IngestConfig
+from .importing import ImportReport, import_corpus
+from .job import IngestReport
+from .job import run_ingest as run
+from .tokenizing import TokenizeReport, tokenize_corpus
+
+__all__ = [
+    "ImportReport",
+    "IngestConfig",
+    "IngestReport",
+    "TokenizeReport",
+    "import_corpus",
+    "run",
+    "tokenize_corpus",
+]

@@ -5,14 +5,14 @@ works at once. What was read from the shape is proved by numbers before a run st
 
 | built like | attn_out | mlp_out | mlp_act |
 |---|---|---|---|
-| GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen, Gemma, ModernBERT | attention module | MLP module | input of the MLP's last projection |
+| GPT-2, -J, -NeoX, Llama, Mistral, Qwen, Gemma, ModernBERT | attention module | MLP module | input of the last projection |
 | Gemma 2 and 3, OLMo 2, GLM-4 | post-attention norm | post-MLP norm | the same |
 | BLOOM, Falcon | `self_attention.dense` | `mlp.dense_4h_to_h` | the same |
 | OPT | attention module | `fc2` | input of `fc2` |
 | BERT, RoBERTa | `attention.output.dense` | `output.dense` | input of `output.dense` (the intermediate's output) |
 
 In BERT's post-norm layers the outputs are taken before add-and-norm, where they are well defined, and
-resid_pre + attn_out + mlp_out is not resid_post. `resid_pre` and `resid_post` are the layer's input and output everywhere, and
+resid_pre + attn_out + mlp_out is not resid_post. `resid_pre` and `resid_post` are the layer's input and output everywhere.
 `embed` is the output of the token embedding module: positions, token types and norms come after it, in layer 0's resid_pre.
 A mixture of experts has no single mlp_act.
 """
@@ -20,7 +20,7 @@ A mixture of experts has no single mlp_act.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from actstore.errors import ErrorKind, NotFoundError
 from actstore.hook_points import describe_hook_points, expand_hook_points, parse_hook_point
@@ -136,7 +136,7 @@ def find_layers(model: "nn.Module") -> str | None:
     """
     from torch import nn
 
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     n_layers = getattr(text_config, "num_hidden_layers", None)
     lists = [

@@ -29,11 +29,11 @@ class Backend(Protocol):
     def describe(self) -> ModelDescription:
         """Load the model and say what it is and which of the asked hook points it has."""
 
-    def pool(self, store: Store, plan: RunPlan) -> Pool:
+    def start(self, store: Store, plan: RunPlan) -> Pool:
         """Return the workers, ready for units of this run."""
 
-    def commit(self, store: Store, plan: RunPlan, units: Sequence[WrittenUnit]) -> None:
-        """Commit written units."""
+    def commit(self, units: Sequence[WrittenUnit]) -> None:
+        """Commit written units of the run that was started."""
 
     def close(self) -> None:
         """Release the workers and whatever was started for the job."""
@@ -45,19 +45,22 @@ class LocalBackend:
     def __init__(self, config: IngestConfig) -> None:
         self._host = ModelHost(config, threads=None)
         self._pool: LocalPool | None = None
+        self._committer: Committer | None = None
 
     def describe(self) -> ModelDescription:
         """Load the model here."""
         return self._host.describe()
 
-    def pool(self, store: Store, plan: RunPlan) -> Pool:
+    def start(self, store: Store, plan: RunPlan) -> Pool:
         """Return two threads around the one model."""
+        self._committer = Committer(store.log, store.objects, plan)
         self._pool = LocalPool(lambda unit: self._host.run_unit(store, plan, unit))
         return self._pool
 
-    def commit(self, store: Store, plan: RunPlan, units: Sequence[WrittenUnit]) -> None:
+    def commit(self, units: Sequence[WrittenUnit]) -> None:
         """Commit from the calling thread."""
-        Committer(store.log, store.objects, plan).commit(units)
+        assert self._committer is not None
+        self._committer.commit(units)
 
     def close(self) -> None:
         """Wait for the units that are running."""
@@ -74,7 +77,8 @@ class RayBackend:
     def __init__(self, config: IngestConfig, store: Store) -> None:
         if store.url.startswith("memory:"):
             raise InvalidInputError(
-                ErrorKind.BAD_URL, "a memory:// store lives in one process: ingest into it with ray_address=None"
+                ErrorKind.BAD_URL,
+                "a memory:// store lives in one process: ingest into it with ray_address=None",
             )
         self._ray = _import_ray()
         self._config = config
@@ -86,7 +90,6 @@ class RayBackend:
         )
         self._actors = [remote.remote(config, threads=threads) for _ in range(config.workers)]
         self._committer: Any = None
-        self._pool: RayPool | None = None
 
     def describe(self) -> ModelDescription:
         """Have the first actor load the model; the others load it meanwhile."""
@@ -101,13 +104,14 @@ class RayBackend:
                 )
         return descriptions[0]
 
-    def pool(self, store: Store, plan: RunPlan) -> Pool:
+    def start(self, store: Store, plan: RunPlan) -> Pool:
         """Return the actors."""
-        self._committer = self._ray.remote(_CommitterActor).options(num_cpus=0, max_restarts=-1).remote(store, plan)
-        self._pool = RayPool(self._ray, self._actors, store, plan)
-        return self._pool
+        self._committer = (
+            self._ray.remote(_CommitterActor).options(num_cpus=0, max_restarts=-1).remote(store, plan)
+        )
+        return RayPool(self._ray, self._actors, store, plan)
 
-    def commit(self, store: Store, plan: RunPlan, units: Sequence[WrittenUnit]) -> None:
+    def commit(self, units: Sequence[WrittenUnit]) -> None:
         """Commit through the committer actor."""
         _get(self._ray, self._committer.commit.remote(list(units)))
 
@@ -179,7 +183,9 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Under `uv run` Ray would otherwise build an environment for every worker, from the network.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    return lazy_import("ray", needed_for="ingest on Ray (ray_address=None, or --no-ray, does without)", extra="ingest")
+    return lazy_import(
+        "ray", needed_for="ingest on Ray (ray_address=None, or --no-ray, does without)", extra="ingest"
+    )
 
 
 def _start_ray(ray: Any, address: str | None) -> bool:

@@ -42,11 +42,13 @@ def plan_batches(
     lengths = np.asarray(window_lengths, np.int64)
     if batch_tokens < 1:
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"batch_tokens must be at least 1, got {batch_tokens}: 4096 is a usual value"
+            ErrorKind.BAD_ARGUMENT,
+            f"batch_tokens must be at least 1, got {batch_tokens}: 4096 is a usual value",
         )
     if lengths.size and lengths.min() < 1:
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"window {int(lengths.argmin())} has {int(lengths.min())} tokens: leave it out"
+            ErrorKind.BAD_ARGUMENT,
+            f"window {int(lengths.argmin())} has {int(lengths.min())} tokens: leave it out",
         )
     order = np.argsort(-lengths, kind="stable")
     batches, start = list[IntArray](), 0

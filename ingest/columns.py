@@ -6,7 +6,7 @@ except where they would clash with the corpus's own columns or with each other i
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -51,6 +51,11 @@ class ColumnNames:
         if source not in self._stored:
             self._stored[source] = self._chosen.get(source) or self._free(source)
         return self._stored[source]
+
+    @property
+    def sources(self) -> list[str]:
+        """Source names seen so far, in order."""
+        return list(self._stored)
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -133,13 +138,13 @@ def _unify_structs(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     return pa.struct(list(merged.items()))
 
 
-def unify_schemas(old: pa.Schema, new: pa.Schema, *, place: str) -> pa.Schema:
+def unify_schemas(old: pa.Schema, new: pa.Schema, *, place_of: Callable[[str], str]) -> pa.Schema:
     """Return a schema that holds the rows of both; `old`'s columns come first.
 
     Args:
         old: What has been seen so far.
         new: What the next records hold.
-        place: Where those records begin, for the message.
+        place_of: Where the next records hold their first value of a column, for the message.
 
     Raises:
         InvalidInputError: a column whose types have no common one, or a struct of more than `MAX_FIELDS` fields.
@@ -148,12 +153,13 @@ def unify_schemas(old: pa.Schema, new: pa.Schema, *, place: str) -> pa.Schema:
     for field in new:
         kind = unify_types(merged.get(field.name, pa.null()), field.type)
         if kind is None:
-            raise mixed_types(field.name, place, str(merged[field.name]), str(field.type))
+            raise mixed_types(field.name, place_of(field.name), str(merged[field.name]), str(field.type))
         if _n_fields(kind) > MAX_FIELDS:
             raise InvalidInputError(
                 ErrorKind.TOO_LARGE,
-                f"column {field.name!r} has {_n_fields(kind)} different keys by {place}, more than {MAX_FIELDS}: they are "
-                f"data, not field names; store it as JSON text with stringify=[{field.name!r}] or leave it out",
+                f"column {field.name!r} has {_n_fields(kind)} different keys by {place_of(field.name)}, more than "
+                f"{MAX_FIELDS}: they are data, not field names; store it as JSON text with "
+                f"stringify=[{field.name!r}] or leave it out",
             )
         merged[field.name] = kind
     return pa.schema(list(merged.items()))
@@ -192,7 +198,9 @@ def make_array(column: str, values: Sequence[Any], places: Sequence[str]) -> pa.
         raise _explain(column, values, places, error) from error
 
 
-def _explain(column: str, values: Sequence[Any], places: Sequence[str], error: Exception) -> InvalidInputError:
+def _explain(
+    column: str, values: Sequence[Any], places: Sequence[str], error: Exception
+) -> InvalidInputError:
     """Find the first value that does not fit, so that the message can name it."""
     seen = pa.null()
     for value, place in zip(values, places, strict=True):

@@ -9,7 +9,8 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from actstore.codec import ShardSpec, zarr_json
+from actstore.codec.metadata import zarr_json
+from actstore.codec.spec import ShardSpec
 from actstore.errors import ConflictError, ErrorKind, StorageError
 from actstore.log import CommitLog
 from actstore.log.values import Action, Add, Collection, Fence, Seal, StoredObject
@@ -81,7 +82,8 @@ class Committer:
     def _write_array_metadata(self, n_units: int) -> Iterable[StoredObject]:
         for name, spec in self.plan.specs.items():
             attributes = {"run": self.plan.run, "hook_point": name, "fingerprint": self.plan.fingerprint}
-            data = zarr_json(spec, _n_shards(spec, self.plan.rows_per_unit, n_units), attributes)
+            n_shards = n_units * (self.plan.rows_per_unit // spec.rows_per_shard)
+            data = zarr_json(spec, n_shards=n_shards, attributes=attributes)
             key = f"runs/{self.plan.run}/{hook_point_folder(name)}/zarr.json"
             yield write_new(self.log.storage, key, [data])
 
@@ -94,10 +96,6 @@ class Committer:
         table = stats_to_table(totals[name] for name in self.plan.specs)
         key = f"runs/{self.plan.run}/stats/all-{uuid.uuid4().hex}.parquet"
         return write_new(self.log.storage, key, [parquet_bytes(table)])
-
-
-def _n_shards(spec: ShardSpec, rows_per_unit: int, n_units: int) -> int:
-    return n_units * (rows_per_unit // spec.rows_per_shard)
 
 
 def take_over(log: CommitLog, run: str) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import actstore
-from actstore.codec import ShardSpec, plan_spec
+from actstore.codec.spec import ShardSpec, plan_spec
 from actstore.errors import ConflictError, ErrorKind, InvalidInputError, StorageError
 from actstore.log import fingerprint
 from actstore.log.values import Collection, Create
@@ -26,6 +26,7 @@ from actstore.store import Store, open_store
 from actstore.tokenization import Tokenization
 
 from .backend import Backend, open_backend
+from .batches import BATCH_PLAN_VERSION
 from .committer import KIND, Committer, take_over
 from .config import DTYPES, IngestConfig, config_differences
 from .host import ModelDescription
@@ -71,6 +72,7 @@ def run_ingest(
     progress: Callable[[Progress], None] | None = None,
     notice: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
+    backend: Backend | None = None,
 ) -> IngestReport:
     """Ingest a run, or finish one that was begun; idempotent.
 
@@ -84,6 +86,7 @@ def run_ingest(
         notice: Called with a line of text as each step begins.
         stop: When set, no new unit is begun, those running are finished and committed, and the report says so. SIGINT and
             SIGTERM do the same when this is called in the main thread.
+        backend: Where the model runs, closed at the end; None for what `config.ray_address` says.
 
     Returns:
         What was done. `store`, if it was a `Store`, is moved to the new version.
@@ -102,7 +105,7 @@ def run_ingest(
         store = open_store(store)
     store.refresh().corpus(config.corpus)
     say(f"loading {config.model}")
-    backend = open_backend(config, store)
+    backend = backend or open_backend(config, store)
     try:
         with _stop_on_signals(stop):
             model = backend.describe()
@@ -150,8 +153,15 @@ def run_config(
 ) -> tuple[dict[str, Any], dict[str, ShardSpec]]:
     """Return what shapes the run's numbers, as stored and fingerprinted, and the shard layout by hook point."""
     stored = model.compute_dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    if config.codec == "cold" and stored != "bfloat16":
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"codec 'cold' is for bfloat16 and would barely shrink {stored}: store bf16, or use hot or lz4",
+        )
     specs = {
-        name: plan_spec(tokenization.rows_per_unit, width, stored, config.codec)
+        name: plan_spec(
+            rows_per_unit=tokenization.rows_per_unit, d_model=width, dtype=stored, codec=config.codec
+        )
         for name, width in model.hook_points
     }
     return {
@@ -167,6 +177,7 @@ def run_config(
         "rows_per_shard": {name: spec.rows_per_shard for name, spec in specs.items()},
         "rows_per_chunk": {name: spec.rows_per_chunk for name, spec in specs.items()},
         "batch_tokens": config.batch_tokens,
+        "batch_plan": BATCH_PLAN_VERSION,
         "attn_implementation": model.attn_implementation,
         "nonfinite": config.nonfinite,
     }, specs
@@ -208,7 +219,9 @@ def _run_units(
     stop: threading.Event,
 ) -> IngestReport:
     tokenization = store.tokenization(collection.config["tokenization"])
-    specs = {h["name"]: _spec(collection, h["name"], int(h["d_model"])) for h in collection.config["hook_points"]}
+    specs = {
+        h["name"]: _spec(collection, h["name"], int(h["d_model"])) for h in collection.config["hook_points"]
+    }
     plan = RunPlan(
         run=config.run,
         fingerprint=collection.fingerprint,
@@ -231,16 +244,21 @@ def _run_units(
         tally["rows"] += rows
         tally["new_rows"] += rows
         if progress is not None:
-            elapsed = time.monotonic() - started
             progress(
                 Progress(
-                    tally["units"], len(units), tally["rows"], tokenization.n_rows, tally["new_rows"], elapsed, counters.retries
+                    units_done=tally["units"],
+                    units_total=len(units),
+                    rows_done=tally["rows"],
+                    rows_total=tokenization.n_rows,
+                    rows_this_job=tally["new_rows"],
+                    elapsed_s=time.monotonic() - started,
+                    retries=counters.retries,
                 )
             )
 
     scheduler = Scheduler(
-        backend.pool(store, plan),
-        lambda batch: _commit_with_retries(backend, store, plan, batch),
+        backend.start(store, plan),
+        lambda batch: _commit_with_retries(backend, batch),
         max_attempts=config.max_attempts,
         commit_units=config.commit_units,
         commit_interval_s=config.commit_interval_s,
@@ -254,10 +272,10 @@ def _run_units(
     return _report(store, config.run, counters, tally["new_rows"], elapsed)
 
 
-def _commit_with_retries(backend: Backend, store: Store, plan: RunPlan, units: Sequence[WrittenUnit]) -> None:
+def _commit_with_retries(backend: Backend, units: Sequence[WrittenUnit]) -> None:
     for attempt in range(_COMMIT_TRIES):
         try:
-            backend.commit(store, plan, units)
+            backend.commit(units)
             return
         except StorageError:
             if attempt == _COMMIT_TRIES - 1:

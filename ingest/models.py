@@ -7,10 +7,9 @@ files only, and never with code that came along. Weights that the files lack are
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.errors import ErrorKind, InvalidInputError
 
 from .architectures import ModelMap, map_model
 from .weights import WeightFiles, config_sha256, find_weights, weights_sha256
@@ -100,7 +99,9 @@ def load_model(
     text_config = config.get_text_config()
     config.use_cache = text_config.use_cache = False
     implementation = str(config._attn_implementation)
-    identity = {"revision": files.commit} if files.commit else {"weights_sha256": weights_sha256(files.weights)}
+    identity = (
+        {"revision": files.commit} if files.commit else {"weights_sha256": weights_sha256(files.weights)}
+    )
     return LoadedModel(
         model=model,
         config=config,
@@ -189,13 +190,16 @@ def _pick_device(device: str) -> "torch.device":
     import torch
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"device {device!r} cannot be used here ({error}): use auto, cpu, cuda, cuda:1 or mps"
+            ErrorKind.BAD_ARGUMENT,
+            f"device {device!r} cannot be used here ({error}): use auto, cpu, cuda, cuda:1 or mps",
         ) from error
     return target
 

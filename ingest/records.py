@@ -37,7 +37,7 @@ class ReadOptions:
 class Records:
     """Consecutive records of a source, either typed by the source or still plain Python values."""
 
-    rows: "pa.RecordBatch | list[Mapping[str, Any]]"
+    rows: pa.RecordBatch | list[Mapping[Any, Any]]
     places: list[str]
     """Where each record stands in the source (`train.jsonl:17`), for messages and as its default key."""
 
@@ -50,7 +50,7 @@ class Source(Protocol):
         """What it is, for messages and for the corpus's record of where it came from."""
 
     @property
-    def schema(self) -> "pa.Schema | None":
+    def schema(self) -> pa.Schema | None:
         """The columns, where they are known before anything is read."""
 
     @property

@@ -18,8 +18,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore.codec import ShardSpec, decode_shard, encode_shard
-from actstore.dtypes import numpy_dtype, to_float32
+from actstore.codec.decode import decode_shard
+from actstore.codec.encode import encode_shard
+from actstore.codec.spec import ShardSpec
+from actstore.codec.sums import Sums, pack_sums, sums_of
+from actstore.dtypes import stored_dtype, to_float32
 from actstore.errors import ConflictError, ErrorKind, FormatError, InvalidInputError
 from actstore.log.values import StoredObject
 from actstore.names import hook_point_folder
@@ -74,7 +77,9 @@ class UnitWriter:
     Memory: two units' rows of every hook point, whatever the corpus's size.
     """
 
-    def __init__(self, storage: Storage, tokenization: Tokenization, plan: RunPlan, capture: CaptureUnit) -> None:
+    def __init__(
+        self, storage: Storage, tokenization: Tokenization, plan: RunPlan, capture: CaptureUnit
+    ) -> None:
         self._storage = storage
         self._tokenization = tokenization
         self._plan = plan
@@ -93,7 +98,7 @@ class UnitWriter:
         starts = window_starts(tokens["doc_id"].to_numpy(), tokens["window"].to_numpy())
         with self._forward:
             out = {
-                name: np.empty((len(token_ids), spec.d_model), numpy_dtype(spec.dtype))
+                name: np.empty((len(token_ids), spec.d_model), stored_dtype(spec.dtype))
                 for name, spec in self._plan.specs.items()
             }
             self._capture(token_ids, starts, out)
@@ -103,6 +108,7 @@ class UnitWriter:
         attempt = uuid.uuid4().hex
         objects: list[StoredObject] = []
         stats: list[HookPointStats] = []
+        sums: dict[str, Sums] = {}
         n_rows = tokens.num_rows
         for name, spec in self._plan.specs.items():
             rows = out.pop(name)
@@ -110,38 +116,44 @@ class UnitWriter:
             own = stored_stats(name, spec, rows)
             if own.nonfinite and self._plan.nonfinite == "error":
                 raise self._nonfinite_error(unit, own, rows, spec, tokens)
-            shards, adopted = self._write_shards(unit, name, spec, rows)
+            shards, adopted, sums[name] = self._write_shards(unit, name, spec, rows)
             objects += shards
             stats.append(own if adopted is None else stored_stats(name, spec, adopted))
-        key = f"runs/{self._plan.run}/stats/{unit:08}-{attempt}.parquet"
-        objects.append(write_new(self._storage, key, [parquet_bytes(stats_to_table(stats))]))
+        sums_key = f"runs/{self._plan.run}/sums/{unit:08}-{attempt}.bin"
+        sums_data, sums_meta = pack_sums(sums_key, sums)
+        objects.append(write_new(self._storage, sums_key, [sums_data]))
+        stats_key = f"runs/{self._plan.run}/stats/{unit:08}-{attempt}.parquet"
+        objects.append(write_new(self._storage, stats_key, [parquet_bytes(stats_to_table(stats))]))
         return WrittenUnit(
             unit=unit,
             rows=n_rows,
             nonfinite=sum(s.nonfinite for s in stats),
             attempt=attempt,
             objects=tuple(objects),
-            meta={"nonfinite": {s.hook_point: s.nonfinite for s in stats}},
+            meta={"nonfinite": {s.hook_point: s.nonfinite for s in stats}, "sums": sums_meta},
             nbytes=sum(o.nbytes for o in objects),
         )
 
     def _write_shards(
         self, unit: int, name: str, spec: ShardSpec, rows: Rows
-    ) -> tuple[list[StoredObject], Rows | None]:
-        """Store the unit's shards; return them, and the stored rows if any shard was an earlier attempt's."""
+    ) -> tuple[list[StoredObject], Rows | None, Sums]:
+        """Store the unit's shards; return them, the stored rows if any shard was an earlier attempt's, and the sums."""
         per_unit = self._plan.rows_per_unit // spec.rows_per_shard
-        objects, pieces, adopted = [], [], False
+        objects, pieces, sums, adopted = [], [], [], False
         for j, start in enumerate(range(0, len(rows), spec.rows_per_shard)):
             piece = rows[start : start + spec.rows_per_shard]
             key = f"runs/{self._plan.run}/{hook_point_folder(name)}/c/{unit * per_unit + j}/0"
+            encoded = encode_shard(spec, piece)
             try:
-                objects.append(write_new(self._storage, key, encode_shard(spec, piece)))
+                objects.append(write_new(self._storage, key, encoded.buffers))
+                sums.append(encoded.sums)
             except ConflictError:
                 stored, piece = adopt_shard(self._storage, key, spec, n_rows=len(piece))
                 objects.append(stored)
+                sums.append(sums_of(spec, piece))
                 adopted = True
             pieces.append(piece)
-        return objects, np.concatenate(pieces) if adopted else None
+        return objects, np.concatenate(pieces) if adopted else None, np.concatenate(sums)
 
     def _nonfinite_error(
         self, unit: int, stats: HookPointStats, rows: Rows, spec: ShardSpec, tokens: pa.Table
@@ -185,7 +197,9 @@ def adopt_shard(storage: Storage, key: str, spec: ShardSpec, *, n_rows: int) -> 
     """
     data = storage.get(key)
     if data is None:
-        raise FormatError(ErrorKind.OBJECT_MISSING, f"object {key!r} vanished while it was read: is something deleting?")
+        raise FormatError(
+            ErrorKind.OBJECT_MISSING, f"object {key!r} vanished while it was read: is something deleting?"
+        )
     rows = decode_shard(spec, data, n_rows=n_rows, key=key)
     return StoredObject(key, len(data), hashlib.sha256(data).hexdigest()), rows
 

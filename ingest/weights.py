@@ -70,7 +70,8 @@ def _local_files(folder: str, *, commit: str | None) -> WeightFiles:
     config = root / "config.json"
     if not config.is_file():
         raise InvalidInputError(
-            ErrorKind.BAD_MODEL, f"folder {folder!r} has no config.json: give the folder that save_pretrained() wrote"
+            ErrorKind.BAD_MODEL,
+            f"folder {folder!r} has no config.json: give the folder that save_pretrained() wrote",
         )
     if (root / _SINGLE).is_file():
         names = [_SINGLE]
@@ -95,7 +96,12 @@ def _local_files(folder: str, *, commit: str | None) -> WeightFiles:
 
 def _hub_files(source: str, *, revision: str | None, cache_dir: str | None, offline: bool) -> WeightFiles:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     def fetch(name: str, commit: str | None) -> Path:
         return Path(
@@ -135,10 +141,13 @@ def _indexed(index: bytes) -> list[str]:
     try:
         names = sorted(set(json.loads(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InvalidInputError(ErrorKind.BAD_MODEL, f"{_INDEX} is damaged ({error}): fetch the model again") from error
+        raise InvalidInputError(
+            ErrorKind.BAD_MODEL, f"{_INDEX} is damaged ({error}): fetch the model again"
+        ) from error
     if not names or not all(isinstance(n, str) and re.fullmatch(r"[\w.-]+\.safetensors", n) for n in names):
         raise InvalidInputError(
-            ErrorKind.BAD_MODEL, f"{_INDEX} must name safetensors files beside it, found {names[:3]}: fetch the model again"
+            ErrorKind.BAD_MODEL,
+            f"{_INDEX} must name safetensors files beside it, found {names[:3]}: fetch the model again",
         )
     return names
 
@@ -153,7 +162,8 @@ def config_sha256(config: Path) -> str:
         values = {k: v for k, v in json.loads(config.read_bytes()).items() if k not in _VOLATILE}
     except (ValueError, AttributeError) as error:
         raise InvalidInputError(
-            ErrorKind.BAD_MODEL, f"{config.name} of the model is not a JSON object ({error}): fetch the model again"
+            ErrorKind.BAD_MODEL,
+            f"{config.name} of the model is not a JSON object ({error}): fetch the model again",
         ) from error
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -197,7 +207,8 @@ def _tensors(path: Path) -> list[_Tensor]:
                 raise ValueError(f"tensors end past its {size} bytes")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise InvalidInputError(
-                ErrorKind.BAD_MODEL, f"{path.name} of the model is not a whole safetensors file ({error}): fetch it again"
+                ErrorKind.BAD_MODEL,
+                f"{path.name} of the model is not a whole safetensors file ({error}): fetch it again",
             ) from error
     return tensors
 

@@ -128,6 +128,9 @@ class WindowRows:
     anchor: Ints
     """Flat index of the body token that a special token leans on, the row's own otherwise, shape (n_rows,)."""
 
+    is_template: npt.NDArray[np.bool_]
+    """Whether the row is a special token around the text, shape (n_rows,)."""
+
     after_anchor: npt.NDArray[np.bool_]
     """Whether a special token stands behind its anchor, shape (n_rows,)."""
 
@@ -167,6 +170,7 @@ def plan_rows(
         position=position,
         window_position=at,
         anchor=offset + anchor,
+        is_template=is_prefix | is_suffix,
         after_anchor=is_suffix,
         lengths=lengths,
     )

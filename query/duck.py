@@ -9,7 +9,6 @@ DuckDB has no privilege boundary inside a process: its memory limit does not cov
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,8 +53,8 @@ def quote_text(text: str) -> str:
 def quote_name(name: str) -> str:
     """Return an SQL identifier.
 
-    >>> quote_name('a "b"')
-    '"a ""b"""'
+    >>> print(quote_name('a "b" c'))
+    "a ""b"" c"
     """
     return '"' + name.replace('"', '""') + '"'
 
@@ -119,8 +118,8 @@ def _check_locked(con: duckdb.DuckDBPyConnection) -> None:
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
     }
-    row = con.execute("SELECT " + ", ".join(f"current_setting('{name}')" for name in wanted)).fetchone()
-    found = dict(zip(wanted, row or (), strict=True))
+    row = con.execute("SELECT " + ", ".join(f"current_setting('{name}')" for name in wanted)).fetchall()[0]
+    found = dict(zip(wanted, row, strict=True))
     if found != wanted:
         raise StorageError(
             ErrorKind.UNSAFE_STORE,
@@ -193,10 +192,8 @@ def _drain(reader: pa.RecordBatchReader, limits: Limits, late: threading.Event) 
 def _explain(
     error: Exception, limits: Limits, *, timed_out: bool, hide: Callable[[str], str]
 ) -> InvalidInputError:
-    if isinstance(error, InvalidInputError):
-        return error
     text = hide(str(error))
-    if timed_out and "INTERRUPT" in text.upper() or isinstance(error, duckdb.InterruptException):
+    if (timed_out and "INTERRUPT" in text.upper()) or isinstance(error, duckdb.InterruptException):
         return InvalidInputError(
             ErrorKind.TIMED_OUT,
             f"the query was stopped after timeout_s={limits.timeout_s}: narrow it with WHERE, or raise timeout_s",
@@ -209,8 +206,3 @@ def _explain(
     lines = [line for line in text.splitlines() if line.strip()]
     lines[:1] = [first_line(RuntimeError(lines[0]))] if lines else [type(error).__name__]
     return bad_sql("DuckDB: " + "\n".join(lines[:8]))
-
-
-def elapsed_since(start: float) -> float:
-    """Return the seconds since `start` of `time.perf_counter()`."""
-    return time.perf_counter() - start

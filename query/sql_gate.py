@@ -104,7 +104,7 @@ def parse_statement(text: str) -> dict[str, Any]:
         raise bad_sql(f"the query has {len(text)} characters, at most {MAX_SQL_CHARS} are accepted")
     with duckdb.connect(":memory:", config={"python_enable_replacements": "false"}) as con:
         try:
-            row = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [text]).fetchone()
+            row = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [text]).fetchall()[0]
         except (duckdb.Error, UnicodeError) as error:
             raise bad_sql(f"DuckDB cannot parse the query: {first_line(error)}") from error
     try:
@@ -112,7 +112,9 @@ def parse_statement(text: str) -> dict[str, Any]:
     except (RecursionError, ValueError) as error:
         raise bad_sql("the query is nested too deeply: simplify it") from error
     if answer["error"] and answer.get("error_type") == "not implemented":
-        raise bad_sql("only SELECT is accepted (and DESCRIBE, SUMMARIZE, SHOW TABLES); a store is never changed by SQL")
+        raise bad_sql(
+            "only SELECT is accepted (and DESCRIBE, SUMMARIZE, SHOW TABLES); a store is never changed by SQL"
+        )
     if answer["error"]:
         where = f" at character {answer['position']}" if "position" in answer else ""
         raise bad_sql(f"DuckDB cannot parse the query: {answer['error_message'].splitlines()[0]}{where}")
@@ -201,7 +203,9 @@ def _check_table_ref(kind: str, item: dict[str, Any], checked: Checked) -> None:
         name = str(item["function"].get("function_name", "")).lower()
         if name not in _TABLE_FUNCTIONS:
             allowed = ", ".join(sorted(_TABLE_FUNCTIONS))
-            raise bad_sql(f"table function {name!r} is not accepted, only {allowed} are: query the store's views")
+            raise bad_sql(
+                f"table function {name!r} is not accepted, only {allowed} are: query the store's views"
+            )
     elif kind == "SHOW_REF" and item.get("query") is None:
         name = item.get("table_name", "").strip('"')
         if item.get("show_type") == "SHOW":

@@ -44,7 +44,9 @@ def test_hostile_names_are_refused(name):
     assert "run name" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["runs/a/../b", "/abs", "a//b", "a/./b", "../x", "a/..", "", "a\0b", "a/b/", "x" * 901, "a b"])
+@pytest.mark.parametrize(
+    "key", ["runs/a/../b", "/abs", "a//b", "a/./b", "../x", "a/..", "", "a\0b", "a/b/", "x" * 901, "a b"]
+)
 def test_hostile_keys_are_refused(key):
     with pytest.raises(FormatError):
         check_key(key)

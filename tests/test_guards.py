@@ -39,7 +39,11 @@ def imports_of(path: Path) -> set[str]:
 def test_import_rules(path):
     imported = imports_of(path)
     top = path.relative_to(ROOT).parts[0]
-    forbidden = {"actstore": ("actstore.ingest", "actstore.query"), "ingest": ("actstore.query",), "query": ("actstore.ingest",)}
+    forbidden = {
+        "actstore": ("actstore.ingest", "actstore.query"),
+        "ingest": ("actstore.query",),
+        "query": ("actstore.ingest",),
+    }
     crossing = {i for i in imported for f in forbidden[top] if i == f or i.startswith(f + ".")}
     assert not crossing, f"{path} reaches across the folders"
     if "storage" not in path.parts:
@@ -51,7 +55,18 @@ def test_import_rules(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_heavy_packages_are_imported_where_they_are_used(path):
     tree = ast.parse(path.read_text())
-    heavy = {"torch", "ray", "faiss", "transformers", "scipy", "sklearn", "matplotlib", "datasets", "pandas", "polars"}
+    heavy = {
+        "torch",
+        "ray",
+        "faiss",
+        "transformers",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+        "datasets",
+        "pandas",
+        "polars",
+    }
     at_top = set()
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -63,7 +78,13 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_unsafe_loading(path):
-    unsafe = {("pickle", "load"), ("pickle", "loads"), ("torch", "load"), ("joblib", "load"), ("yaml", "load")}
+    unsafe = {
+        ("pickle", "load"),
+        ("pickle", "loads"),
+        ("torch", "load"),
+        ("joblib", "load"),
+        ("yaml", "load"),
+    }
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             f = node.func
@@ -97,15 +118,33 @@ def test_packages_are_all_listed():
 
 def test_wheel_holds_every_module(tmp_path):
     tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     copy = tmp_path / "copy"
     for name in tracked:
-        if (ROOT / name).is_file() and name.split("/")[0] in {*FOLDERS, "pyproject.toml", "README.md", "LICENSE"}:
+        if (ROOT / name).is_file() and name.split("/")[0] in {
+            *FOLDERS,
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+        }:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(copy)],
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(tmp_path / "dist"),
+            str(copy),
+        ],
         check=True,
         capture_output=True,
     )

@@ -9,7 +9,11 @@ from actstore.statistics import block_stats, empty_stats, merge_stats, stats_fro
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), cuts=st.lists(st.integers(0, 5000), max_size=4), scale=st.sampled_from([1e-3, 1, 1e4]))
+@given(
+    seed=st.integers(0, 2**32),
+    cuts=st.lists(st.integers(0, 5000), max_size=4),
+    scale=st.sampled_from([1e-3, 1, 1e4]),
+)
 def test_merged_blocks_equal_numpy_on_all_rows(seed, cuts, scale):
     rng = np.random.default_rng(seed)
     acts = (rng.normal(3.0, 1.0, (5000, 7)) * scale).astype(np.float32)

@@ -23,7 +23,10 @@ COMMANDS = {
     "runs": ("actstore.cli.runs", "list the runs of a store"),
     "info": ("actstore.cli.info", "show one run"),
     "sql": ("actstore.query.cli.sql_", "run one SELECT over the store's views"),
-    "examples": ("actstore.query.cli.examples_", "find the contexts that most activate a neuron or direction"),
+    "examples": (
+        "actstore.query.cli.examples_",
+        "find the contexts that most activate a neuron or direction",
+    ),
     "nearest": ("actstore.query.cli.nearest_", "find the stored contexts nearest to a row, text or vector"),
     "fsck": ("actstore.cli.fsck", "check every invariant of a store"),
 }
@@ -41,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ActstoreError as error:
         return _print_error(error, as_json=args.json)
     except KeyboardInterrupt:
-        print("interrupted: everything committed is safe; run the same command again to go on", file=sys.stderr)
+        print(
+            "interrupted: everything committed is safe; run the same command again to go on", file=sys.stderr
+        )
         return INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has gone: not an error, and nothing more can be printed.
@@ -53,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     from actstore import __version__
 
-    parser = argparse.ArgumentParser(prog="actstore", description="A datastore for language-model activations.")
+    parser = argparse.ArgumentParser(
+        prog="actstore", description="A datastore for language-model activations."
+    )
     parser.add_argument("--version", action="version", version=f"actstore {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asked = next((a for a in arguments if not a.startswith("-")), None)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 
-from actstore.log import fsck
+from actstore.log.fsck import describe, fsck
 from actstore.storage import open_storage
 
 HELP = "check every invariant of a store"
@@ -20,5 +20,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(report), default=str))
     else:
-        print(report)
+        print("\n".join(describe(report)))
     return 0 if report.is_clean else 6

@@ -58,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
         norm = row["norm_median"]
         shown = "-" if norm is None else f"{norm:.4g}"
         table.add_row(
-            str(row["hook_point"]), str(row["d_model"]), f"{row['rows']:,}", str(row["nonfinite"]), shown, str(row["array"])
+            str(row["hook_point"]),
+            str(row["d_model"]),
+            f"{row['rows']:,}",
+            str(row["nonfinite"]),
+            shown,
+            str(row["array"]),
         )
     console.print(table)
     return 0

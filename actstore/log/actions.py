@@ -174,12 +174,12 @@ def _parse_strings(value: object, item: Callable[[object], str], name: str) -> t
 
 
 def _parse_format(p: dict[str, Any]) -> Format:
-    features = _parse_strings(
-        p["features"], lambda v: parse_text(v, _FEATURE, "a feature"), "features"
-    )
+    features = _parse_strings(p["features"], lambda v: parse_text(v, _FEATURE, "a feature"), "features")
     if list(features) != sorted(features):
         raise damaged("features are not sorted")
-    return Format(parse_int(p["reader_min"], "reader_min"), parse_int(p["writer_min"], "writer_min"), features)
+    return Format(
+        parse_int(p["reader_min"], "reader_min"), parse_int(p["writer_min"], "writer_min"), features
+    )
 
 
 def _parse_create(p: dict[str, Any]) -> Create:
@@ -230,11 +230,15 @@ _SHAPES: dict[type, tuple[str, Sequence[str]]] = {
     cls: (cls.__name__.lower(), _fields(cls)) for cls in (Format, Create, Fence, Add, Seal, Tomb)
 }
 _OBJECT_FIELDS = frozenset(_fields(StoredObject))
+_PARSE: tuple[Callable[[dict[str, Any]], Action], ...] = (
+    _parse_format,
+    _parse_create,
+    _parse_fence,
+    _parse_add,
+    _parse_seal,
+    _parse_tomb,
+)
 _PARSERS: dict[str, tuple[type, frozenset[str], Callable[[dict[str, Any]], Action]]] = {
     op: (cls, frozenset(names) | {"op"}, parse)
-    for (cls, (op, names)), parse in zip(
-        _SHAPES.items(),
-        (_parse_format, _parse_create, _parse_fence, _parse_add, _parse_seal, _parse_tomb),
-        strict=True,
-    )
+    for (cls, (op, names)), parse in zip(_SHAPES.items(), _PARSE, strict=True)
 }

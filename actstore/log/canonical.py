@@ -1,9 +1,10 @@
 """What are the bytes of a JSON value, the same ones every time? (FORMAT.md, section 4.1)
 
-Canonical JSON is what this module writes: UTF-8, keys sorted by code point, no spaces, no escapes but the necessary, integers as
-integers, floats as the shortest decimal that reads back to the same double, and neither NaN nor infinities. Whatever is
-hashed or must be reproduced byte by byte is written so. A *framed* object is one line of it, a line feed, and a line with
-the CRC-32 of what stands before: enough to tell damage from a foreign writer before anything is believed.
+Canonical JSON is what this module writes: UTF-8, keys sorted by code point, no spaces, no escapes but the necessary,
+integers as integers, floats as the shortest decimal that reads back to the same double, and neither NaN nor
+infinities. Whatever is hashed or must be reproduced byte by byte is written so. A *framed* object is one line of it,
+a line feed, and a line with the CRC-32 of what stands before: enough to tell damage from a foreign writer before
+anything is believed.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ _ENCODER = json.JSONEncoder(
 
 
 def canonical_json(value: object) -> bytes:
-    """Return the canonical JSON of `value` in UTF-8.
+    r"""Return the canonical JSON of `value` in UTF-8.
 
     Mappings become objects, lists and tuples arrays; subclasses of str, int and float are written as those.
 
@@ -38,7 +39,7 @@ def canonical_json(value: object) -> bytes:
             `[-2**63, 2**64)`, a key that is not a string, a lone surrogate, or another type.
 
     >>> canonical_json({"b": [1, 2.5, None], "a": "é"})
-    b'{"a":"\\xc3\\xa9","b":[1,2.5,null]}'
+    b'{"a":"\xc3\xa9","b":[1,2.5,null]}'
     """
     try:
         return dump_plain(_plain(value, "", 0))
@@ -63,10 +64,10 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 
 def frame(value: object) -> bytes:
-    """Return `value` as a line of canonical JSON and a line with its CRC-32.
+    r"""Return `value` as a line of canonical JSON and a line with its CRC-32.
 
     >>> frame({"v": 1})
-    b'{"v":1}\\nd2b74ea7\\n'
+    b'{"v":1}\nd2b74ea7\n'
     """
     line = canonical_json(value) + b"\n"
     return line + f"{zlib.crc32(line):08x}\n".encode()
@@ -80,7 +81,9 @@ def unframe(data: bytes) -> dict[str, Any]:
     """
     line = data[:-_TRAILER]
     if line[-1:] != b"\n" or data[-_TRAILER:] != f"{zlib.crc32(line):08x}\n".encode():
-        raise FormatError(ErrorKind.MANIFEST_DAMAGED, "the CRC-32 in its last line is not that of its content")
+        raise FormatError(
+            ErrorKind.MANIFEST_DAMAGED, "the CRC-32 in its last line is not that of its content"
+        )
     return parse_json_object(line[:-1])
 
 

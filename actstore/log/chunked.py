@@ -1,11 +1,11 @@
 """How can a hundred thousand versions each have their own map of units, at the cost of what changed?
 
-`ChunkedMap` is an immutable mapping from non-negative integers, cut into chunks of 256 neighbouring keys. `updated` copies the chunks it
-touches and the table of chunks, and shares the rest: with 100,000 entries one update copies about 650 references. Iteration
-is in key order.
+`ChunkedMap` is an immutable mapping from non-negative integers, cut into chunks of 256 neighbouring keys. `updated`
+copies the chunks it touches and the table of chunks, and shares the rest: with 100,000 entries one update copies
+about 650 references. Iteration is in key order.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, ValuesView, ItemsView
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
@@ -35,7 +35,7 @@ class ChunkedMap(Mapping[int, V], Generic[V]):
         return cls().updated(entries)
 
     def updated(self, changes: Mapping[int, V], *, removed: Iterable[int] = ()) -> "ChunkedMap[V]":
-        """Return a map with `changes` put in and `removed` (keys that are in this map) taken out; this one stays as it is."""
+        """Return a map with `changes` put in and `removed` (keys of this map) taken out; this one stays as it is."""
         new: ChunkedMap[V] = ChunkedMap()
         chunks = new._chunks = self._chunks.copy()
         new._len = self._len

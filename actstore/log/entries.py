@@ -1,9 +1,10 @@
 """How is a whole state written as lines, and hashed so that a change costs only what changed? (FORMAT.md, section 4.4)
 
 A state is a set of *entries*, each a canonical JSON line that occurs once: the format, every collection, its epoch once it
-was fenced, every live unit, every seal, every announced deletion, and the recent transactions. Its hash is the sum of the SHA-256
-of the entries modulo 2**256, which no order influences: adding an entry adds its hash, removing one subtracts it. It finds errors and damage; it is
-not meant to withstand someone who forges entries, who could as well forge a manifest.
+was fenced, every live unit, every seal, every announced deletion, and the recent transactions. Its hash is the sum of
+the SHA-256 of the entries modulo 2**256, which no order influences: adding an entry adds its hash, removing one
+subtracts it. It finds errors and damage; it is not meant to withstand someone who forges entries, who could as well
+forge a manifest.
 """
 
 import hashlib
@@ -126,7 +127,7 @@ def parse_epoch(plain: dict[str, Any]) -> int:
 
 def parse_seal(plain: dict[str, Any]) -> Seal:
     """Return the seal that an entry stands for."""
-    action = parse_action({**plain, "op": "seal"} if plain.get("op") == "seal" else {})
+    action = parse_action(plain)
     if not isinstance(action, Seal):
         raise damaged("a seal entry is not a seal")
     return action
@@ -168,8 +169,6 @@ def _entry(name: str, plain: dict[str, Any]) -> bytes:
 _NAMES = frozenset({"format", "collection", "epoch", "unit", "seal", "tomb", "txn"})
 _COLLECTION_FIELDS = frozenset({"kind", "id", "config", "info", "version"})
 _EPOCH_FIELDS = frozenset({"kind", "id", "epoch"})
-_UNIT_FIELDS = frozenset(
-    {"kind", "id", "unit", "rows", "nonfinite", "attempt", "objects", "meta", "version"}
-)
+_UNIT_FIELDS = frozenset({"kind", "id", "unit", "rows", "nonfinite", "attempt", "objects", "meta", "version"})
 _TOMB_FIELDS = frozenset({"key", "not_before"})
 _TXN_FIELDS = frozenset({"txn", "version"})

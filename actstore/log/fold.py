@@ -2,7 +2,8 @@
 
 `Fold` checks one action after the other against the state as the earlier ones left it, and gathers the changes; `finish`
 makes the new state at the cost of the changes. A writer meets a broken rule as `ConflictError`, `NotFoundError` or
-`InvalidInputError`; in a stored manifest the same thing is a `FormatError` (INVARIANT_BROKEN), because no writer may publish it.
+`InvalidInputError`; in a stored manifest the same thing is a `FormatError` (INVARIANT_BROKEN), because no writer may
+publish it.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from actstore.errors import ConflictError, ErrorKind, FormatError, InvalidInputE
 from actstore.log.canonical import fingerprint
 from actstore.log.chunked import ChunkedMap
 from actstore.log.entries import (
+    MODULUS,
     collection_entry,
     entry_hash,
     epoch_entry,
@@ -24,7 +26,8 @@ from actstore.log.entries import (
     unit_entry,
 )
 from actstore.log.manifest import Manifest, manifest_key
-from actstore.log.state import KEPT_TXNS, State
+from actstore.log.state import State
+from actstore.log.txns import RecentTxns
 from actstore.log.values import Action, Add, Collection, Create, Fence, Format, Seal, StoredObject, Tomb, Unit
 
 
@@ -98,8 +101,8 @@ class Fold:
         """Apply one action; False when it is an `Add` of a unit that is live already, and nothing changed.
 
         Raises:
-            ConflictError: another writer was first: ALREADY_EXISTS, CONFIG_DIFFERS, FENCED, SEALED, COUNT_DIFFERS, TOMBSTONED.
-            NotFoundError: the collection does not exist.
+            ConflictError: another writer was first: ALREADY_EXISTS, CONFIG_DIFFERS, FENCED, SEALED, COUNT_DIFFERS,
+            TOMBSTONED. NotFoundError: the collection does not exist.
             InvalidInputError: no state allows the action.
         """
         if isinstance(action, Format) != (self._format is None):
@@ -127,14 +130,15 @@ class Fold:
         if self._format is None:
             raise InvalidInputError(ErrorKind.BAD_ARGUMENT, "version 0 must state the store's format")
         old = self._state
-        txns: ChunkedMap[str] = ChunkedMap() if old is None else old.txns
-        if old is not None and old.version_of_txn(txn) is not None:
+        txns = RecentTxns() if old is None else old.txns
+        earlier, gone = txns.version_of(txn), txns.oldest_to_go(self.version)
+        if earlier is not None:
             raise InvalidInputError(
-                ErrorKind.BAD_ARGUMENT, f"transaction {txn!r} made version {old.version_of_txn(txn)} already"
+                ErrorKind.BAD_ARGUMENT, f"transaction {txn!r} made version {earlier} already"
             )
-        gone = [self.version - KEPT_TXNS] if self.version >= KEPT_TXNS else []
         total = self._hash + entry_hash(txn_entry(txn, self.version))
-        total -= sum(entry_hash(txn_entry(txns[v], v)) for v in gone)
+        if gone is not None:
+            total -= entry_hash(txn_entry(gone[1], gone[0]))
         collections = dict(old.collections) if old is not None else {}
         for name, change in self._changes.items():
             collections[name] = _changed(change)
@@ -143,9 +147,9 @@ class Fold:
             manifest_sha256=sha256,
             format=self._format,
             collections=collections,
-            txns=txns.updated({self.version: txn}, removed=gone),
+            txns=txns.added(txn, self.version),
             tombs=({} if old is None else old.tombs) if not self._tombs else self._all_tombs(),
-            hash_sum=total,
+            hash_sum=total % MODULUS,
             n_units=(0 if old is None else old.n_units) + sum(len(c.units) for c in self._changes.values()),
             n_rows=(0 if old is None else old.n_rows) + sum(c.rows for c in self._changes.values()),
             nbytes=(0 if old is None else old.nbytes) + sum(c.nbytes for c in self._changes.values()),
@@ -175,8 +179,8 @@ class Fold:
         if action.epoch <= change.epoch:
             raise ConflictError(
                 ErrorKind.FENCED,
-                f"cannot fence {action.kind} {action.id!r} with epoch {action.epoch}: it is at epoch {change.epoch} already; "
-                "read the store again and take a greater one",
+                f"cannot fence {action.kind} {action.id!r} with epoch {action.epoch}: it is at epoch {change.epoch} "
+                "already; read the store again and take a greater one",
             )
         if change.epoch:
             self._hash -= entry_hash(epoch_entry(action.kind, action.id, change.epoch))
@@ -220,14 +224,15 @@ class Fold:
         self._check_epoch(action, change)
         if change.seal is not None:
             raise ConflictError(
-                ErrorKind.SEALED, f"{_named(action)} is sealed already: read the store again, nothing is left to do"
+                ErrorKind.SEALED,
+                f"{_named(action)} is sealed already: read the store again, nothing is left to do",
             )
         found = (len(change.base.units) + len(change.units), change.base.rows + change.rows)
         if (action.units, action.rows) != found:
             raise ConflictError(
                 ErrorKind.COUNT_DIFFERS,
-                f"cannot seal {_named(action)} with {action.units} units and {action.rows} rows: it has {found[0]} units and "
-                f"{found[1]} rows; read the store again and complete it",
+                f"cannot seal {_named(action)} with {action.units} units and {action.rows} rows: it has {found[0]} "
+                f"units and {found[1]} rows; read the store again and complete it",
             )
         self._check_not_tombstoned(action.objects, _named(action))
         change.seal = action
@@ -258,7 +263,9 @@ class Fold:
         change = self._changes.get((kind, id))
         if change is None:
             if self._state is None:
-                raise NotFoundError(ErrorKind.COLLECTION_NOT_FOUND, f"no {kind} {id!r} in a store without any")
+                raise NotFoundError(
+                    ErrorKind.COLLECTION_NOT_FOUND, f"no {kind} {id!r} in a store without any"
+                )
             base = self._state.collection(kind, id)
             change = self._changes[kind, id] = _Change(base=base, epoch=base.epoch, seal=base.seal)
         return change
@@ -320,7 +327,9 @@ def differing_keys(old: Any, new: Any, where: str = "") -> list[str]:
             else:
                 lines += differing_keys(old[key], new[key], at)
         return lines
-    return [] if old == new and type(old) is type(new) else [f"{where}: {old!r} in the store, {new!r} asked for"]
+    return (
+        [] if old == new and type(old) is type(new) else [f"{where}: {old!r} in the store, {new!r} asked for"]
+    )
 
 
 def _exists(action: Create, known: Collection) -> ConflictError:

@@ -178,7 +178,9 @@ def normalise(actions: Sequence[Action]) -> tuple[Action, ...]:
     try:
         return parse_actions(parse_json_object(data[:-10])["acts"])
     except FormatError as error:
-        kind = ErrorKind.BAD_NAME if isinstance(error.__cause__, InvalidInputError) else ErrorKind.BAD_ARGUMENT
+        kind = (
+            ErrorKind.BAD_NAME if isinstance(error.__cause__, InvalidInputError) else ErrorKind.BAD_ARGUMENT
+        )
         raise InvalidInputError(kind, f"cannot commit: {error.message}") from error
 
 
@@ -245,5 +247,10 @@ def _parse_after(plain: object) -> After:
     if not isinstance(plain, dict):
         raise damaged("after is not a JSON object")
     check_fields(plain, _AFTER_FIELDS, "an after")
-    counts = [parse_int(plain[name], name) for name in ("collections", "units", "rows", "bytes")]
-    return After(*counts, state=parse_hex(plain["state"], 64, "state"))
+    return After(
+        collections=parse_int(plain["collections"], "collections"),
+        units=parse_int(plain["units"], "units"),
+        rows=parse_int(plain["rows"], "rows"),
+        nbytes=parse_int(plain["bytes"], "bytes"),
+        state=parse_hex(plain["state"], 64, "state"),
+    )

@@ -9,9 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from actstore.errors import ErrorKind, NotFoundError
-from actstore.log.chunked import ChunkedMap
 from actstore.log.entries import (
-    MODULUS,
     collection_entry,
     epoch_entry,
     format_entry,
@@ -21,11 +19,8 @@ from actstore.log.entries import (
     unit_entry,
 )
 from actstore.log.manifest import After
+from actstore.log.txns import RecentTxns
 from actstore.log.values import Collection, Format, StoredObject
-
-KEPT_TXNS = 4096
-"""So many versions back a retried transaction is still recognised; a retry comes within minutes, and adds are
-idempotent without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +35,14 @@ class State:
     collections: Mapping[tuple[str, str], Collection]
     """By kind and id."""
 
-    txns: ChunkedMap[str]
-    """Transaction by version, for the last `KEPT_TXNS` versions."""
+    txns: RecentTxns
+    """Which of the last versions was made by which transaction."""
 
     tombs: Mapping[str, str]
     """Key to the time before which it must not be deleted."""
 
     hash_sum: int
-    """Sum of the entry hashes, see `actstore.log.entries`."""
+    """Sum of the entry hashes modulo 2**256, see `actstore.log.entries`."""
 
     n_units: int = 0
     n_rows: int = 0
@@ -70,10 +65,6 @@ class State:
             ErrorKind.COLLECTION_NOT_FOUND, f"no {kind} {id!r} at version {self.version}: {hint}"
         )
 
-    def version_of_txn(self, txn: str) -> int | None:
-        """Return the version that a transaction made, or None when it is not among the recent ones."""
-        return next((version for version, known in self.txns.items() if known == txn), None)
-
     def objects(self) -> Iterator[StoredObject]:
         """Yield every live object: those of units, then of the seal, collection by collection."""
         for collection in self.collections.values():
@@ -90,13 +81,13 @@ class State:
             units=self.n_units,
             rows=self.n_rows,
             nbytes=self.nbytes,
-            state=f"{self.hash_sum % MODULUS:064x}",
+            state=f"{self.hash_sum:064x}",
         )
 
     def entries(self) -> Iterator[bytes]:
-        """Yield every entry of the state, see `actstore.log.entries`."""
+        """Yield every entry of the state, see `actstore.log.entries`; in an order that the state alone decides."""
         yield format_entry(self.format)
-        for collection in self.collections.values():
+        for _, collection in sorted(self.collections.items(), key=lambda item: item[0]):
             kind, id = collection.kind, collection.id
             yield collection_entry(collection)
             if collection.epoch:
@@ -105,7 +96,7 @@ class State:
                 yield unit_entry(kind, id, unit)
             if collection.seal is not None:
                 yield seal_entry(collection.seal)
-        for key, not_before in self.tombs.items():
+        for key, not_before in sorted(self.tombs.items()):
             yield tomb_entry(key, not_before)
         for version, txn in self.txns.items():
             yield txn_entry(txn, version)

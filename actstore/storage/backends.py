@@ -103,7 +103,7 @@ def _check_gcs_bucket(client: Any, bucket: str, prefix: str) -> None:
     client.call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=1, json_out=True)
 
 
-def _check_azure_container(client: Any, bucket: str, prefix: str) -> None:
+def _check_azure_container(client: Any, bucket: str, _prefix: str) -> None:
     if not client.exists(bucket):
         raise FileNotFoundError(bucket)
 

@@ -11,14 +11,13 @@ import errno
 import io
 import os
 import stat
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-from actstore.errors import ErrorKind, FormatError, StorageError
+from actstore.errors import ErrorKind, StorageError
 from actstore.names import check_key
-from actstore.storage import durable
+from actstore.storage import durable, files
 from actstore.storage.base import Buffer, PutOutcome
 from actstore.storage.ranges import as_views, as_writable, check_prefix, check_ranges
 
@@ -88,14 +87,14 @@ class LocalStorage:
         except OSError as err:
             raise self._link_error(key, nbytes, err) from err
         finally:
-            _unlink_quietly(tmp)
+            files.unlink_quietly(tmp)
         try:
             durable.sync_directory(os.path.dirname(path))
         except OSError as err:
             raise StorageError(
                 ErrorKind.OUTCOME_UNKNOWN,
                 f"object {key!r} ({nbytes} bytes) is in store {self._root!r}, but its folder could not be synced: "
-                f"{_reason(err)}; it may be gone after a power cut: check the disk, then run the same command again",
+                f"{files.reason(err)}; it may be gone after a power cut: check the disk, then run the same command again",
             ) from err
         return outcome
 
@@ -108,14 +107,18 @@ class LocalStorage:
         """Return bytes `[start, stop)` of each range, shorter past the object's end; None when certainly absent."""
         check_ranges(key, ranges)
         with self._open(key) as fd:
-            return None if fd is None else [_pread(fd, start, stop) for start, stop in ranges]
+            if fd is None:
+                return None
+            # A range far past the end must not become an allocation of its length.
+            size = os.fstat(fd).st_size
+            return [files.pread(fd, start, min(stop, size)) for start, stop in ranges]
 
     def read_into(self, key: str, start: int, out: memoryview) -> int | None:
         """Fill `out` with the bytes from `start` on and return how many there were; None when certainly absent."""
         check_ranges(key, [(start, start + out.nbytes)])
         out = as_writable(key, out)
         with self._open(key) as fd:
-            return None if fd is None else _pread_into(fd, start, out)
+            return None if fd is None else files.pread_into(fd, start, out)
 
     def head(self, key: str) -> int | None:
         """Return the object's length in bytes, or None when it is certainly absent."""
@@ -134,7 +137,7 @@ class LocalStorage:
         check_prefix(prefix)
         folder = os.path.join(self._root, *prefix.split("/")[:-1])
         try:
-            yield from _walk(folder, prefix, ancestors=frozenset())
+            yield from files.walk(folder, prefix, ancestors=frozenset())
         except OSError as err:
             raise self._read_error(f"listing {prefix!r}", err) from err
         self._check_root(f"listing {prefix!r}")
@@ -154,7 +157,7 @@ class LocalStorage:
         except OSError as err:
             kind = ErrorKind.READ_ONLY if err.errno in _DENIED else ErrorKind.STORAGE_FAILED
             raise StorageError(
-                kind, f"deleting object {key!r} from store {self._root!r} failed: {_reason(err)}"
+                kind, f"deleting object {key!r} from store {self._root!r} failed: {files.reason(err)}"
             ) from err
 
     def put_hint(self, key: str, data: bytes) -> None:
@@ -167,7 +170,7 @@ class LocalStorage:
             try:
                 os.replace(tmp, path)
             except OSError:
-                _unlink_quietly(tmp)
+                files.unlink_quietly(tmp)
                 raise
         except OSError as err:
             raise self._write_error(key, nbytes, err) from err
@@ -189,7 +192,9 @@ class LocalStorage:
             os.mkdir(folder)
         except FileExistsError:
             if not os.path.isdir(folder):
-                raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is needed", folder) from None
+                raise NotADirectoryError(
+                    errno.ENOTDIR, "a file is where a folder is needed", folder
+                ) from None
         durable.sync_directory(parent)
         self._durable_folders.add(folder)
 
@@ -198,7 +203,7 @@ class LocalStorage:
         folder = os.path.join(self._root, _TMP)
         if folder not in self._durable_folders:
             self._make_folder(folder)
-            _remove_stale(folder)
+            files.remove_stale(folder, age_s=_STALE_TMP_S)
         tmp = os.path.join(folder, uuid.uuid4().hex)
         fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -209,7 +214,7 @@ class LocalStorage:
             finally:
                 os.close(fd)
         except BaseException:
-            _unlink_quietly(tmp)
+            files.unlink_quietly(tmp)
             raise
         return tmp
 
@@ -297,19 +302,26 @@ class LocalStorage:
 
     def _read_error(self, doing: str, err: OSError) -> StorageError:
         return StorageError(
-            ErrorKind.STORAGE_FAILED, f"{doing} in store {self._root!r} failed: {_reason(err)}; nothing is known about it"
+            ErrorKind.STORAGE_FAILED,
+            f"{doing} in store {self._root!r} failed: {files.reason(err)}; nothing is known about it",
         )
 
     def _write_error(self, key: str, nbytes: int, err: OSError) -> StorageError:
         """Return the error of a write that left nothing behind."""
         kind, advice = ErrorKind.STORAGE_FAILED, "check the disk, then run the same command again"
         if err.errno in _FULL:
-            kind, advice = ErrorKind.STORAGE_FULL, "free space or raise the limit, then run the same command again"
+            kind, advice = (
+                ErrorKind.STORAGE_FULL,
+                "free space or raise the limit, then run the same command again",
+            )
         elif err.errno in _DENIED:
-            kind, advice = ErrorKind.READ_ONLY, "the folder may not be written by this user: change that, or copy the store"
+            kind, advice = (
+                ErrorKind.READ_ONLY,
+                "the folder may not be written by this user: change that, or copy the store",
+            )
         return StorageError(
             kind,
-            f"writing object {key!r} ({nbytes} bytes) to store {self._root!r} failed: {_reason(err)}; "
+            f"writing object {key!r} ({nbytes} bytes) to store {self._root!r} failed: {files.reason(err)}; "
             f"nothing of it is visible: {advice}",
         )
 
@@ -318,81 +330,7 @@ class LocalStorage:
         if err.errno in _NO_LINKS:
             return StorageError(
                 ErrorKind.UNSAFE_STORE,
-                f"store {self._root!r} is on a file system without hard links ({_reason(err)}), where two writers could "
-                f"both create {key!r}: keep the store on a POSIX file system or in an object store",
+                f"store {self._root!r} is on a file system without hard links ({files.reason(err)}), where two writers "
+                f"could both create {key!r}: keep the store on a POSIX file system or in an object store",
             )
         return self._write_error(key, nbytes, err)
-
-
-def _reason(err: OSError) -> str:
-    """Return what the system said, with the error's name: `No space left on device (ENOSPC)`."""
-    name = errno.errorcode.get(err.errno or 0, "unknown error")
-    return f"{err.strerror or err} ({name})"
-
-
-def _unlink_quietly(path: str) -> None:
-    """Remove a temporary file, of which nothing depends."""
-    with suppress(OSError):
-        os.unlink(path)
-
-
-def _remove_stale(folder: str) -> None:
-    """Remove what crashed writers left in `folder`, as far as possible."""
-    oldest = time.time() - _STALE_TMP_S
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(OSError):
-                if entry.stat(follow_symlinks=False).st_mtime < oldest:
-                    os.unlink(entry.path)
-
-
-def _pread(fd: int, start: int, stop: int) -> bytes:
-    """Return the bytes `[start, stop)` of the file, fewer past its end."""
-    piece = os.pread(fd, stop - start, start) if stop > start else b""
-    if not piece or len(piece) == stop - start:
-        return piece
-    # One call gives at most 2 GiB, and less when a signal comes in between.
-    return piece + _pread(fd, start + len(piece), stop)
-
-
-def _pread_into(fd: int, start: int, out: memoryview) -> int:
-    """Fill `out` from byte `start` on and return how many bytes the file had."""
-    filled = 0
-    while filled < out.nbytes:
-        count = os.preadv(fd, [out[filled:]], start + filled)
-        if count == 0:
-            break
-        filled += count
-    return filled
-
-
-def _is_key_part(name: str) -> bool:
-    try:
-        check_key(name)
-    except FormatError:
-        return False
-    return True
-
-
-def _walk(folder: str, prefix: str, *, ancestors: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Yield the keys below `folder`, whose own key is `prefix`; a folder linked into itself is entered once."""
-    try:
-        status = os.stat(folder)
-        with os.scandir(folder) as scan:
-            entries = [entry for entry in scan if _is_key_part(entry.name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:
-        return
-    children: list[str] = []
-    for entry in entries:
-        if entry.is_dir():
-            children.append(f"{entry.name}/")
-        elif entry.is_file(follow_symlinks=False):
-            children.append(entry.name)
-    for child in sorted(children):
-        if child.endswith("/"):
-            yield from _walk(os.path.join(folder, child[:-1]), prefix + child, ancestors=ancestors | {identity})
-        else:
-            yield prefix + child

@@ -4,7 +4,6 @@ The clients of the three clouds raise dozens of classes for the same few facts, 
 such key" to one `FileNotFoundError`. Pure: an exception in, a `Meaning` out. What is not understood is RETRY, never ABSENT.
 """
 
-import asyncio
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
@@ -73,6 +72,10 @@ _MEANING_OF_CODE = {
 _DENIED_CLASSES = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "ClientAuthenticationError", "DefaultCredentialsError"}
 )
+_REFUSED_CLASSES = frozenset({"ParamValidationError", "ProfileNotFound", "InvalidRegionError"})
+_CODE_ATTRIBUTES = {"HttpError": ("code",), "ClientResponseError": ("status",)}
+"""Of gcsfs and of aiohttp; Azure's classes are many and share the names used for all others."""
+
 _RETRIED_STATUS = frozenset({408, 409, 425, 429})
 
 
@@ -94,7 +97,10 @@ def meaning_of(err: BaseException) -> Meaning:
         return Meaning.MAYBE_ABSENT
     if isinstance(err, PermissionError) or (isinstance(err, OSError) and str(err).startswith("Forbidden: ")):
         return Meaning.DENIED
-    if isinstance(err, (TypeError, ValueError, NotImplementedError)) and not isinstance(err, asyncio.TimeoutError):
+    if (
+        isinstance(err, (TypeError, ValueError, NotImplementedError))
+        or type(err).__name__ in _REFUSED_CLASSES
+    ):
         return Meaning.REFUSED
     return Meaning.RETRY
 
@@ -127,7 +133,8 @@ def _codes(err: BaseException) -> list[str]:
     if isinstance(response, dict):
         codes.append(response.get("Error", {}).get("Code"))
         codes.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-    for name in ("error_code", "code", "status_code", "status"):
+    # Only of classes known to mean a server's answer: aiohttp gives `code` 400 to a body that was cut on the way.
+    for name in _CODE_ATTRIBUTES.get(type(err).__name__, ("error_code", "status_code")):
         value = getattr(err, name, None)
         codes.append(getattr(value, "value", value))
     return [str(code) for code in codes if isinstance(code, (str, int))]

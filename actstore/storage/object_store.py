@@ -98,7 +98,7 @@ class ObjectStorage:
             StorageError: the store did not say, after all retries, or refuses these credentials.
         """
         try:
-            self._request(f"opening {self.url!r}", lambda client: self._ask_bucket(client))
+            self._request(f"opening {self.url!r}", self._ask_bucket)
         except _AbsentError:
             return False
         return True
@@ -120,7 +120,7 @@ class ObjectStorage:
                 self._client().pipe_file(path, body, **self._backend.create)
             except ActstoreError:
                 raise
-            except Exception as err:
+            except Exception as err:  # noqa: BLE001 - clients raise anything; each becomes an outcome or an error of ours
                 meaning = meaning_of(err)
                 if meaning is Meaning.EXISTS:
                     return PutOutcome.EXISTS
@@ -224,7 +224,7 @@ class ObjectStorage:
     def list(self, prefix: str) -> Iterator[str]:
         """Yield every key that starts with `prefix`, in lexicographic order, from a fresh listing."""
         check_prefix(prefix)
-        root = self._path("")
+        root = self._root()
         folder = (root + prefix).removesuffix("/")
 
         def ask(client: Any) -> list[str]:
@@ -273,11 +273,14 @@ class ObjectStorage:
     def _backend(self) -> Backend:
         return BACKENDS[self._where[0]]
 
-    def _path(self, key: str) -> str:
-        """Return the client's path of `key`; of "" the store's root, ending in `/`."""
+    def _root(self) -> str:
+        """Return the client's path of the store, ending in `/`."""
         _, bucket, prefix = self._where
-        folder = f"{bucket}/{prefix}/" if prefix else f"{bucket}/"
-        return folder + (check_key(key) if key else "")
+        return f"{bucket}/{prefix}/" if prefix else f"{bucket}/"
+
+    def _path(self, key: str) -> str:
+        """Return the client's path of `key`."""
+        return self._root() + check_key(key)
 
     def _client(self) -> Any:
         """Return the connected client.
@@ -297,7 +300,7 @@ class ObjectStorage:
                     self._connected = self._backend.connect(self._options)
                 except ActstoreError:
                     raise
-                except Exception as err:
+                except Exception as err:  # noqa: BLE001 - becomes an error of ours
                     self._fail(f"connecting to {self.url!r}", err, Meaning.REFUSED)
             return self._connected
 
@@ -335,7 +338,7 @@ class ObjectStorage:
             _AbsentError: what was asked for is certainly not there.
             StorageError: refused, or not answered by any attempt.
         """
-        last: tuple[Exception, Meaning] | None = None
+        last: tuple[Exception, Meaning] = (TimeoutError("no attempt"), Meaning.RETRY)
         for _ in self._retry.tries():
             try:
                 return ask(self._client())
@@ -348,14 +351,15 @@ class ObjectStorage:
                 if meaning in _GIVE_UP:
                     self._fail(doing, err, meaning)
                 last = (err, meaning)
-        if last is None:
-            raise StorageError(ErrorKind.STORAGE_FAILED, f"{doing} was not attempted: the retry policy allows no attempt")
-        self._fail(doing, *last)
+        return self._fail(doing, *last)
 
     def _fail(self, doing: str, err: Exception, meaning: Meaning) -> NoReturn:
         """Raise `err` as an error of actstore's, without its chain: clients put request details into their exceptions."""
         said = scrub(f"{type(err).__name__}: {err}", self._options)
-        kind, advice = ErrorKind.STORAGE_FAILED, f"gave up after {self._retry.attempts} attempts: try again later"
+        kind, advice = (
+            ErrorKind.STORAGE_FAILED,
+            f"gave up after {self._retry.attempts} attempts: try again later",
+        )
         if meaning is Meaning.NO_BUCKET:
             word = self._backend.bucket_word
             advice = f"{word} {self._where[1]!r} does not exist: check the name and the endpoint, or create the {word}"

@@ -41,7 +41,8 @@ def check_prefix(prefix: str) -> str:
             prefix_is_key = prefix.endswith("/")
         if not prefix_is_key:
             raise InvalidInputError(
-                ErrorKind.BAD_ARGUMENT, f"cannot list {prefix!r}: give '' or a folder of keys that ends in '/'"
+                ErrorKind.BAD_ARGUMENT,
+                f"cannot list {prefix!r}: give '' or a folder of keys that ends in '/'",
             )
     return prefix
 
@@ -52,12 +53,16 @@ def as_views(key: str, data: Sequence[Buffer]) -> tuple[list[memoryview], int]:
     Raises:
         InvalidInputError: no byte at all. Some object stores create an empty object even where one exists.
     """
-    views = [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in map(memoryview, data)]
-    views = [view for view in views if view.nbytes]
+    views: list[memoryview] = []
+    for buffer in data:
+        view = memoryview(buffer)
+        if view.nbytes:
+            views.append(view if view.format == "B" and view.ndim == 1 else view.cast("B"))
     nbytes = sum(view.nbytes for view in views)
     if nbytes == 0:
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"cannot write object {key!r}: it is empty, and stored objects have at least one byte"
+            ErrorKind.BAD_ARGUMENT,
+            f"cannot write object {key!r}: it is empty, and stored objects have at least one byte",
         )
     return views, nbytes
 
@@ -70,7 +75,8 @@ def as_writable(key: str, out: memoryview) -> memoryview:
     """
     if out.readonly or not out.c_contiguous:
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"cannot read object {key!r} into memory that is read-only or not contiguous"
+            ErrorKind.BAD_ARGUMENT,
+            f"cannot read object {key!r} into memory that is read-only or not contiguous",
         )
     return out if out.format == "B" and out.ndim == 1 else out.cast("B")
 

@@ -6,7 +6,9 @@ Everything that a user put into the storage options is treated as secret, except
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_HARMLESS = frozenset({"endpoint_url", "region_name", "account_name", "project", "profile", "addressing_style", "mode"})
+_HARMLESS = frozenset(
+    {"endpoint_url", "region_name", "account_name", "project", "profile", "addressing_style", "mode"}
+)
 _MIN_LENGTH = 4
 """Shorter values are no credentials, and replacing them would garble messages."""
 

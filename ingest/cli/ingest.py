@@ -9,7 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import actstore
 from actstore.cli import INTERRUPTED
-
 from actstore.ingest.config import CODECS, POLICIES, IngestConfig
 from actstore.ingest.job import IngestReport, run_ingest
 from actstore.ingest.scheduler import Progress as JobProgress
@@ -35,11 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps")
     parser.add_argument("--attn-implementation", help="eager, sdpa, flash_attention_2, ...")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens per forward pass")
-    parser.add_argument("--codec", choices=CODECS, default="hot", help="hot: raw rows; lz4, cold: smaller, slower")
+    parser.add_argument(
+        "--codec", choices=CODECS, default="hot", help="hot: raw rows; lz4, cold: smaller, slower"
+    )
     parser.add_argument("--nonfinite", choices=POLICIES, default="error", help="what NaN and infinity do")
     parser.add_argument("--workers", type=int, default=1, help="actors, each with its own model")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--ray-address", default="local", metavar="ADDRESS", help="local, auto or ray://host:port")
+    where.add_argument(
+        "--ray-address", default="local", metavar="ADDRESS", help="local, auto or ray://host:port"
+    )
     where.add_argument("--no-ray", action="store_true", help="run in this process")
 
 
@@ -105,7 +108,9 @@ def ingest_with_bar(store: str, config: IngestConfig, *, quiet: bool) -> IngestR
             rate = p.rows_this_job / p.elapsed_s if p.elapsed_s else 0.0
             bar.update(TaskID(task), completed=p.units_done, total=p.units_total, rate=f"{rate:,.0f}")
 
-        return run_ingest(opened, config, progress=show, notice=lambda line: bar.console.print(line, markup=False))
+        return run_ingest(
+            opened, config, progress=show, notice=lambda line: bar.console.print(line, markup=False)
+        )
 
 
 def print_report(report: IngestReport, store: str) -> None:
@@ -116,7 +121,9 @@ def print_report(report: IngestReport, store: str) -> None:
         f"{report.nbytes / 1e6:,.1f} MB, {state} (version {report.version})"
     )
     if report.units_this_job:
-        print(f"this job: {report.units_this_job} units, {report.rows_per_s:,.0f} tokens/s, {report.retries} retries")
+        print(
+            f"this job: {report.units_this_job} units, {report.rows_per_s:,.0f} tokens/s, {report.retries} retries"
+        )
     if report.nonfinite:
         print(f"{report.nonfinite:,} activations are NaN or infinite: queries leave their rows out")
     if report.is_complete:

@@ -1,0 +1,1 @@
+"""What does actstore do? A tour that needs no network: text from Python itself, models trained on the spot."""

@@ -156,9 +156,7 @@ def topic_documents(topics: Mapping[str, str], bounds: Bounds) -> Iterator[Docum
                 yield Document(f"topic/{topic}:{i}", text, "topic", "pydoc_data.topics", topic)
 
 
-def take(
-    documents: Iterable[Document], *, max_chars_per_kind: int, in_order: bool = False
-) -> list[Document]:
+def take(documents: Iterable[Document], *, max_chars_per_kind: int, in_order: bool = False) -> list[Document]:
     """Distinct texts up to a number of characters of each kind, in the order of their SHA-256 (or as given).
 
     The first of two documents with one text or one key stays. Text that UTF-8 cannot hold is left out.

@@ -1,0 +1,1 @@
+"""Commands of the `actstore` program that ask questions: one file each."""

@@ -1,0 +1,36 @@
+"""What does `actstore demo` do? The command line of `actstore.ingest.demo.tour`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from actstore._lazy import lazy_import
+
+from actstore.ingest.demo.tour import TourConfig, run_tour
+
+HELP = "train two tiny models, ingest both, ask everything"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        default="./demo.store",
+        metavar="PATH",
+        help="folder of the store; models go to PATH.models",
+    )
+    parser.add_argument("--no-ray", action="store_true", help="ingest in this process")
+
+
+def run(args: argparse.Namespace) -> int:
+    transformers = lazy_import("transformers", needed_for="the demo", extra="ingest")
+    transformers.utils.logging.disable_progress_bar()
+    console = Console(stderr=args.json, quiet=args.json)
+    config = TourConfig(ray_address=None if args.no_ray else "local")
+    summary = run_tour(Path(args.store), config, console)
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        console.print(f"\nDone in {summary['seconds']:.0f} s.", highlight=False)
+    return 0

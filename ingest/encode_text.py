@@ -1,0 +1,162 @@
+"""What does a run's own model compute on a text that is not in the store?
+
+The text is tokenized as the run's corpus was and goes through the same model, at the same dtype, alone and not in a batch,
+so its activations can be compared with the stored rows. That it is the same model is checked by its fingerprint.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.errors import ConflictError, ErrorKind, InvalidInputError
+
+from .capture import Capturer
+from .models import LoadedModel, load_model
+
+
+class EncodedText(NamedTuple):
+    """One text's tokens and what the model computes on them; t is the number of tokens."""
+
+    token_ids: npt.NDArray[np.int32]
+    """Shape (t,)."""
+    offsets: npt.NDArray[np.int32]
+    """Characters of each token, Unicode code points of the text, half-open; shape (t, 2)."""
+    is_special: npt.NDArray[np.bool_]
+    """Whether the tokenizer added the token; shape (t,)."""
+    activations: npt.NDArray[np.float32]
+    """Shape (t, d_model)."""
+
+
+@dataclass(slots=True)
+class _LastModel:
+    """The model that was asked for last: asking twice does not load it twice."""
+
+    lock: threading.Lock
+    key: tuple[object, ...] | None = None
+    loaded: LoadedModel | None = None
+
+
+_LAST = _LastModel(threading.Lock())
+
+
+def encode_text(
+    *,
+    model_source: str,
+    expected_model: Mapping[str, Any],
+    compute_dtype: str,
+    attn_implementation: str | None,
+    hook_point: str,
+    texts: Sequence[str],
+    tokenizer_json: bytes,
+    tokenizer_config: Mapping[str, Any],
+    window: int,
+    add_special_tokens: bool,
+    device: str = "auto",
+) -> list[EncodedText]:
+    """Return each text's tokens and activations at a hook point.
+
+    The model stays in memory until another is asked for. Calls from several threads take turns.
+
+    Args:
+        model_source: Folder or hub name of the model.
+        expected_model: Fingerprint of the run's model; the model found must have it.
+        compute_dtype: Dtype of the run's forward pass.
+        attn_implementation: Attention implementation of the run.
+        hook_point: Canonical name or alias of one place.
+        texts: Texts of at least one token and at most `window`.
+        tokenizer_json: The tokenization's `tokenizer.json`.
+        tokenizer_config: What belongs to the tokenizer besides: `special_ids`, ids that are special wherever they stand.
+        window: Most tokens of a text, special ones included.
+        add_special_tokens: Whether the tokenizer adds its special tokens.
+        device: Where to compute, see `load_model`.
+
+    Raises:
+        ConflictError: CONFIG_DIFFERS: the model at `model_source` is not the run's.
+        NotFoundError: no such model or hook point.
+        InvalidInputError: a text without tokens or longer than the window, or a broken tokenizer.
+    """
+    encodings = _tokenize(texts, tokenizer_json, window=window, add_special_tokens=add_special_tokens)
+    special = np.array(sorted(tokenizer_config.get("special_ids", ())), np.int32)
+    with _LAST.lock:
+        loaded = _load(
+            model_source,
+            expected_model,
+            dtype=compute_dtype,
+            attn_implementation=attn_implementation,
+            device=device,
+        )
+        capturer = Capturer(loaded, [hook_point], equal_lengths=True)
+        (name, width) = next(iter(capturer.widths.items()))
+        encoded = []
+        for encoding in encodings:
+            ids = np.array(encoding.ids, np.int32)
+            acts_td = np.empty((len(ids), width), np.float32)
+            starts = np.array([0, len(ids)], np.int64)
+            capturer.capture_unit(ids, starts, {name: acts_td}, batch_tokens=window, stored_dtype="float32")
+            added = np.array(encoding.special_tokens_mask, bool)
+            offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+            encoded.append(EncodedText(ids, offsets, added | np.isin(ids, special), acts_td))
+    return encoded
+
+
+def _tokenize(
+    texts: Sequence[str], tokenizer_json: bytes, *, window: int, add_special_tokens: bool
+) -> list[Any]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    except Exception as error:
+        # The package raises nothing narrower than Exception.
+        raise InvalidInputError(
+            ErrorKind.BAD_TOKENIZER,
+            f"the tokenization's tokenizer.json cannot be read: {error}; check the store with fsck",
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    encodings: list[Any] = tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+    for text, encoding in zip(texts, encodings, strict=True):
+        if not 1 <= len(encoding.ids) <= window:
+            kind = ErrorKind.TOO_LARGE if encoding.ids else ErrorKind.BAD_ARGUMENT
+            raise InvalidInputError(
+                kind,
+                f"text {text[:60]!r} has {len(encoding.ids)} tokens, and a text must have from 1 to the run's window of"
+                f" {window}: {'shorten it' if encoding.ids else 'write something'}",
+            )
+    return encodings
+
+
+def _load(
+    source: str, expected: Mapping[str, Any], *, dtype: str, attn_implementation: str | None, device: str
+) -> LoadedModel:
+    """Return the model, kept from the last call if that asked for the same; the caller holds the lock."""
+    key = (source, tuple(sorted(expected.items())), dtype, attn_implementation, device)
+    if _LAST.key == key and _LAST.loaded is not None:
+        return _LAST.loaded
+    # The old model goes before the new one comes: two may not fit.
+    _LAST.key = _LAST.loaded = None
+    loaded = load_model(
+        source,
+        revision=expected.get("revision"),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device=device,
+    )
+    if loaded.fingerprint != dict(expected):
+        names = sorted(loaded.fingerprint.keys() | expected.keys())
+        lines = [
+            f"{name} is {loaded.fingerprint.get(name)!r}, the run's {expected.get(name)!r}"
+            for name in names
+            if loaded.fingerprint.get(name) != expected.get(name)
+        ]
+        raise ConflictError(
+            ErrorKind.CONFIG_DIFFERS,
+            f"the model at {source!r} is not the one that the run's activations come from: {'; '.join(lines)}. Put the run's"
+            " model there, or make a new run",
+        )
+    _LAST.key, _LAST.loaded = key, loaded
+    return loaded

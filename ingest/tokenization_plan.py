@@ -1,0 +1,69 @@
+"""What will a tokenization be: its id and everything that shapes its rows, before any document is read?"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from actstore.corpus import Corpus
+from actstore.errors import ErrorKind, InvalidInputError
+from actstore.log import fingerprint
+from actstore.store import Store
+
+from .token_encoding import Encoder, Template
+from .tokenizers import FastTokenizer, default_window, load_tokenizer
+from .windows import auto_rows_per_unit, check_window
+
+FORMAT = 1
+"""Version of the rules that cut documents into rows; part of the fingerprint."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizationPlan:
+    """What a tokenization will be, before any work."""
+
+    id: str
+    corpus: Corpus
+    tokenizer: FastTokenizer
+    template: Template
+    config: dict[str, Any]
+
+
+def plan_tokenization(
+    store: Store,
+    corpus: str,
+    tokenizer: Any,
+    *,
+    window: int | None = None,
+    overlap: int = 0,
+    add_special_tokens: bool = True,
+    rows_per_unit: int | Literal["auto"] = "auto",
+    revision: str | None = None,
+) -> TokenizationPlan:
+    """Return the id and configuration that `tokenize_corpus` with these arguments has; reads no document.
+
+    Raises:
+        NotFoundError: no such corpus.
+        InvalidInputError: a tokenizer that cannot be used, or settings that cannot work.
+    """
+    found = store.refresh().corpus(corpus)
+    fast = load_tokenizer(tokenizer, revision=revision)
+    template = Encoder(fast, add_special_tokens=add_special_tokens).template
+    window = default_window(fast) if window is None else window
+    check_window(window=window, overlap=overlap, prefix=template.prefix, suffix=template.suffix)
+    text_bytes = int(found.collection.config["text_bytes"])
+    rows = auto_rows_per_unit(text_bytes, window=window) if rows_per_unit == "auto" else rows_per_unit
+    if rows < window:
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"rows_per_unit={rows} must be at least window={window}: a window is never split",
+        )
+    config = {
+        "corpus": corpus,
+        "corpus_fingerprint": found.collection.fingerprint,
+        "tokenizer_sha256": fast.sha256,
+        "window": window,
+        "overlap": overlap,
+        "add_special_tokens": add_special_tokens,
+        "rows_per_unit": rows,
+        "format": FORMAT,
+    }
+    return TokenizationPlan(f"{corpus}.{fingerprint(config)[:10]}", found, fast, template, config)

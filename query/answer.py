@@ -1,0 +1,175 @@
+"""What do `examples` and `nearest` have in common? The options that say which rows count, and how an answer is reported."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from actstore.activations import Activations
+from actstore.errors import ErrorKind, InvalidInputError
+from actstore.result import Meta, Result
+from actstore.run import Run
+
+from .eligible import SINK_NORM_RATIO, Eligibility, Masks, Selection, sink_norm_limit
+from .fold import Fold
+from .scan import ScanReport, plan_block_rows, scan_top_k
+from .scores import Scorer
+
+DEFAULT_MEMORY_BYTES = 512 << 20
+"""Bound on the buffers of one question, the answer itself not counted."""
+
+_MANY_NORMS = 0.01
+"""Share of rows removed by the norm rule beyond which it has stopped being about a few sinks."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowOptions:
+    """Which rows count, and how many of the same kind."""
+
+    where: str | None = None
+    rows: Selection = None
+    docs: Selection = None
+    mask_special: bool = True
+    mask_sinks: bool = True
+    fold: Fold = "context"
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+
+    @property
+    def masks(self) -> Masks:
+        """The masks asked for."""
+        return Masks(self.where, self.rows, self.docs, special=self.mask_special, sinks=self.mask_sinks)
+
+    def echo(self) -> dict[str, Any]:
+        """Return the options as they are reported."""
+        return {
+            "where": self.where,
+            "mask_special": self.mask_special,
+            "mask_sinks": self.mask_sinks,
+            "fold": self.fold,
+        }
+
+
+def check_choice(value: object, choices: object, *, what: str) -> None:
+    """Check that `value` is one of a Literal's values.
+
+    Raises:
+        InvalidInputError: it is not; the message lists them.
+    """
+    allowed = [c for choice in get_args(choices) for c in (get_args(choice) or (choice,))]
+    allowed = [None if c is type(None) else c for c in allowed]
+    if value not in allowed:
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+        )
+
+
+def open_acts(run: Run, hook_point: str, memory_bytes: int) -> Activations:
+    """Return the activations of a hook point with half of `memory_bytes` for their buffers.
+
+    Raises:
+        NotFoundError: the run has no such hook point.
+    """
+    name = run.activations(hook_point).hook_point
+    return Activations(run.store.storage, run.collection, name, memory_bytes=max(1 << 20, memory_bytes // 2))
+
+
+def find_rows(
+    run: Run,
+    acts: Activations,
+    scorer: Scorer,
+    options: RowOptions,
+    *,
+    k: int,
+    drop_zero_rows: bool = False,
+    barred: Sequence[tuple[int | None, int | None]] | None = None,
+) -> ScanReport:
+    """Return the best `k` rows of every query among those that count; see `actstore.query.scan.scan_top_k`."""
+    check_choice(options.fold, Fold, what="fold")
+    block_rows = plan_block_rows(acts.shape[1], scorer.n_queries, options.memory_bytes)
+    norm_limit = sink_norm_limit(run, acts.hook_point) if options.mask_sinks else math.inf
+    with Eligibility(
+        run, options.masks, memory_bytes=max(64 << 20, options.memory_bytes // 4)
+    ) as eligibility:
+        return scan_top_k(
+            acts,
+            scorer,
+            eligibility,
+            k=k,
+            fold=options.fold,
+            norm_limit=norm_limit,
+            drop_zero_rows=drop_zero_rows,
+            block_rows=block_rows,
+            barred=barred,
+        )
+
+
+def report_mask(report: ScanReport, options: RowOptions) -> dict[str, Any]:
+    """Return which masks were in force and how many rows each removed."""
+    removed = report.removed
+    mask: dict[str, Any] = {"n_rows": removed.n_seen, "removed": dict(removed.counts)}
+    if options.mask_sinks:
+        known = math.isfinite(report.norm_limit)
+        mask["norm_limit"] = report.norm_limit if known else None
+        mask["max_norm_ratio"] = SINK_NORM_RATIO
+    return mask
+
+
+def mask_warnings(run: Run, report: ScanReport, n_returned: int, n_requested: int) -> list[str]:
+    """Return what a careful reader should know about a pass."""
+    removed, warnings = report.removed, []
+    if not run.is_complete:
+        planned = len(run.tokenization.units)
+        warnings.append(f"run {run.id!r} is not complete: {run.n_units} of {planned} units were asked")
+    nonfinite = removed.counts.get("nonfinite", 0)
+    if nonfinite:
+        warnings.append(f"{nonfinite} rows hold NaN or infinite values and were left out")
+    norm = removed.counts.get("norm", 0)
+    if norm > _MANY_NORMS * max(1, removed.n_seen):
+        warnings.append(
+            f"{norm} of {removed.n_seen} rows were left out as attention sinks for their norm, more than sinks usually are: "
+            "mask_sinks=False keeps them"
+        )
+    if n_returned < n_requested:
+        warnings.append(f"{n_returned} rows were found of {n_requested} asked for")
+    return warnings
+
+
+def make_result(
+    run: Run,
+    pieces: Sequence[pa.Table],
+    *,
+    start: float,
+    request: Mapping[str, Any],
+    mask: Mapping[str, Any],
+    n_requested: int,
+    n_eligible: int,
+    bytes_read: int,
+    options: RowOptions,
+    warnings: Sequence[str],
+) -> Result:
+    """Return the answer with everything that must be known about it."""
+    table = pa.concat_tables(pieces)
+    meta = Meta(
+        version=run.store.version,
+        exact=True,
+        recall=1.0,
+        n_requested=n_requested,
+        n_returned=table.num_rows,
+        n_eligible=n_eligible,
+        bytes_read=bytes_read,
+        request=dict(request),
+        mask=dict(mask),
+        budget={"memory_bytes": options.memory_bytes},
+        warnings=tuple(dict.fromkeys(warnings)),
+        elapsed_s=time.perf_counter() - start,
+    )
+    return Result(table, meta)
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, booleans not counted."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))

@@ -1,0 +1,201 @@
+"""Which stored rows may be an answer, and what kept the others out?
+
+Masks are applied in a fixed order and a row is counted at the first that removes it: the caller's rows and documents, then
+`where`, then special tokens, then attention sinks by position; and, once the activations are read, rows that are not finite,
+attention sinks by norm, and rows of zeros where a direction is asked for.
+
+Attention sinks are the few tokens that models attend to for lack of anything better; their activations are huge in a few
+dimensions, say nothing about the text, and would otherwise lead almost every answer. `mask_sinks` removes the first token
+of every model window, where they nearly always are, and rows whose L2 norm is over `SINK_NORM_RATIO` times the hook
+point's median.
+
+Source: Xiao et al. (2023), "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453, section 3.1; Sun et
+al. (2024), "Massive Activations in Large Language Models", arXiv:2402.17762, section 2.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.run import Run
+
+from .where import Predicate
+
+Bools: TypeAlias = npt.NDArray[np.bool_]
+Int64s: TypeAlias = npt.NDArray[np.int64]
+Selection: TypeAlias = slice | range | Sequence[int] | Int64s | None
+
+SINK_NORM_RATIO = 10.0
+"""Times the median norm above which a row is taken for an attention sink. A massive activation is about 1,000 times its
+row's median magnitude (Sun et al., section 2); in 4,096 Gaussian dimensions that is 10 times the norm of all the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What the caller asked to leave out."""
+
+    where: str | None
+    rows: Selection
+    docs: Selection
+    special: bool
+    sinks: bool
+
+
+@dataclass(slots=True)
+class UnitRows:
+    """One unit's tokens, and which of them may be answers as far as is known without the activations."""
+
+    unit: int
+    first_row: int
+    """Row number of offset 0."""
+
+    table: pa.Table
+    keep: Bools
+    """Shape (t,)."""
+
+    nbytes: int
+    """Stored bytes of the token table."""
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Return a column of the token table as an array, shape (t,)."""
+        values: npt.NDArray[Any] = self.table[name].to_numpy()
+        return values
+
+
+@dataclass(slots=True)
+class Removed:
+    """How many rows each mask kept out."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    n_seen: int = 0
+    n_kept: int = 0
+
+    def apply(self, name: str, keep: Bools, passing: Bools) -> Bools:
+        """Return `keep` narrowed to `passing`, and count what that removed under `name`."""
+        narrowed: Bools = keep & passing
+        self.counts[name] = self.counts.get(name, 0) + int(keep.sum() - narrowed.sum())
+        return narrowed
+
+
+class Eligibility:
+    """The rows of a run that pass the masks which need no activations, unit by unit. Close it after use."""
+
+    def __init__(self, run: Run, masks: Masks, *, memory_bytes: int) -> None:
+        """Check the masks against the run; reads no unit yet.
+
+        Raises:
+            InvalidInputError: `where` is not a condition over tokens and documents, or a selection is not of whole numbers.
+            NotFoundError: a row or document that does not exist.
+        """
+        self._run = run
+        self._masks = masks
+        self.removed = Removed()
+        self._tokenization = run.tokenization
+        top = self._tokenization.rows_per_unit * len(self._tokenization.units)
+        self._rows = check_selection(masks.rows, top, what="row")
+        self._docs = check_selection(masks.docs, self._tokenization.corpus.n_documents, what="document")
+        self._stack = ExitStack()
+        self._predicate = None
+        if masks.where is not None:
+            predicate = Predicate(masks.where, self._tokenization, memory_bytes=memory_bytes)
+            self._predicate = self._stack.enter_context(predicate)
+
+    def __enter__(self) -> "Eligibility":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether whole units may drop out before their activations are read."""
+        return self._rows is not None or self._docs is not None or self._predicate is not None
+
+    def unit(self, unit: int) -> UnitRows:
+        """Return the rows of one stored unit; for a pass that is not selective."""
+        rows = self._unit_rows(unit)
+        assert rows is not None, "only a selection drops a unit unread"
+        return rows
+
+    def units(self) -> Iterator[UnitRows]:
+        """Yield every stored unit that has an eligible row, in row order; the others cost at most their token table."""
+        for unit in sorted(self._run.collection.units):
+            rows = self._unit_rows(unit)
+            if rows is not None and rows.keep.any():
+                yield rows
+
+    def _unit_rows(self, unit: int) -> UnitRows | None:
+        stored = self._run.collection.units[unit]
+        first = unit * self._tokenization.rows_per_unit
+        self.removed.n_seen += stored.rows
+        keep = np.ones(stored.rows, dtype=np.bool_)
+        if self._rows is not None:
+            keep = self.removed.apply("rows", keep, _in_range(self._rows, first, stored.rows))
+            if not keep.any():
+                return None
+        table = self._tokenization.unit_table(unit)
+        nbytes = self._tokenization.collection.units[unit].objects[0].nbytes
+        rows = UnitRows(unit, first, table, keep, nbytes)
+        if self._docs is not None:
+            rows.keep = self.removed.apply("docs", rows.keep, np.isin(rows.column("doc_id"), self._docs))
+        if self._predicate is not None and rows.keep.any():
+            rows.keep = self.removed.apply("where", rows.keep, self._predicate.mask(table))
+        if self._masks.special:
+            rows.keep = self.removed.apply("special", rows.keep, ~rows.column("is_special"))
+        if self._masks.sinks:
+            rows.keep = self.removed.apply("window_first", rows.keep, rows.column("window_position") > 0)
+        return rows
+
+
+def check_selection(selection: Selection, stop: int, *, what: str) -> Int64s | None:
+    """Return the selected numbers, sorted and unique; None for all.
+
+    Raises:
+        InvalidInputError: not whole numbers.
+        NotFoundError: a number outside `[0, stop)`.
+    """
+    if selection is None:
+        return None
+    if isinstance(selection, slice):
+        if (selection.start or 0) < 0 or (selection.stop or 0) < 0 or (selection.step or 1) < 1:
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT, f"{what}s={selection!r}: numbers never count from the end"
+            )
+        selection = range(*selection.indices(stop))
+    try:
+        values = np.asarray(selection)
+    except ValueError:
+        values = np.zeros((0, 0))
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"{what}s= must be whole numbers or a slice, got {type(selection).__name__} of {values.dtype}",
+        )
+    numbers = np.unique(values.astype(np.int64))
+    if numbers.size and (numbers[0] < 0 or numbers[-1] >= stop):
+        bad = int(numbers[0] if numbers[0] < 0 else numbers[-1])
+        raise NotFoundError(ErrorKind.ROW_NOT_FOUND, f"{what} {bad} was asked for, there are [0, {stop})")
+    return numbers
+
+
+def _in_range(numbers: Int64s, first: int, size: int) -> Bools:
+    inside = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + size)]
+    mask = np.zeros(size, dtype=np.bool_)
+    mask[inside - first] = True
+    return mask
+
+
+def sink_norm_limit(run: Run, hook_point: str) -> float:
+    """Return the L2 norm above which a row is taken for an attention sink; infinite when the median norm is unknown or 0."""
+    median = run.stats(hook_point).norm_quantile(0.5)
+    return SINK_NORM_RATIO * median if math.isfinite(median) and median > 0 else math.inf

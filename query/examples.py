@@ -1,0 +1,193 @@
+"""Which stored contexts most activate a neuron or a direction?
+
+Exact: every stored row is scored. Maximum inner product is not a nearest-neighbour question, so no cluster index helps; a
+scan at the speed of the disk, shared by all targets of a hook point, is the honest answer.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from actstore.activations import Activations
+from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.result import Result
+from actstore.run import Run
+from actstore.targets import Direction, Latent, Neuron, Target
+
+from .answer import (
+    DEFAULT_MEMORY_BYTES,
+    RowOptions,
+    check_choice,
+    find_rows,
+    make_result,
+    mask_warnings,
+    open_acts,
+    report_mask,
+)
+from .context import Hit, check_context, describe_hits
+from .eligible import Selection
+from .fold import Fold
+from .scan import ScanReport, check_k
+from .scores import NeuronScorer, ProjectionScorer, Scorer, Sign
+
+
+def examples(
+    run: Run,
+    target: Target | Sequence[Target],
+    k: int = 20,
+    *,
+    sign: Sign = "pos",
+    before: int = 16,
+    after: int = 8,
+    where: str | None = None,
+    mask_special: bool = True,
+    mask_sinks: bool = True,
+    fold: Fold = "context",
+    rows: Selection = None,
+    docs: Selection = None,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+) -> Result:
+    """Return the tokens on which a target is most active, each with its context.
+
+    The answer is that of sorting all rows by the float64 activation; rows of equal activation are in row order. All
+    targets of a hook point share one pass over its rows. Memory: `memory_bytes` and the answer, whatever the run's size.
+
+    Args:
+        run: The run to ask; an unfinished one answers from its stored units, with a warning.
+        target: `actstore.neuron(...)`, `actstore.direction(...)`, or several.
+        k: Examples per target, at most; 1 to 10,000.
+        sign: "pos": the most positive activations; "neg": the most negative; "abs": the largest of either sign. An
+            activation of 0, or of the other sign, is never an example, so a dead neuron has none.
+        before: Tokens shown before the example.
+        after: Tokens shown after it; neither crosses a model window.
+        where: SQL condition over columns of `tokens` and of the documents, such as `source = 'web' AND position > 3`.
+        mask_special: Leave out tokens that the tokenizer added.
+        mask_sinks: Leave out attention sinks: the first token of each window, and rows of over 10 times the median norm.
+        fold: "context": of rows with the same last 8 tokens only the best; "doc": only the best of a document; None: all.
+        rows: Only these rows (numbers or a slice).
+        docs: Only these documents (numbers or a slice).
+        memory_bytes: Bound on buffers.
+
+    Returns:
+        Columns: target (when several were given), rank (from 1), row, doc_id, position, token_id, token, value (the
+        activation, float64), context (struct of text, token_start, token_end, tokens, token_index, values).
+
+    Raises:
+        NotFoundError: no such hook point, row or document; or a latent, as this store holds no dictionaries.
+        InvalidInputError: an index or vector that does not fit the hook point, or a bad option.
+        FormatError: stored rows are missing or damaged.
+    """
+    start = time.perf_counter()
+    several = not isinstance(target, (Neuron, Direction, Latent))
+    targets = check_targets(run, list(target) if several else [target])  # type: ignore[arg-type,list-item]
+    k = check_k(k)
+    check_choice(sign, Sign, what="sign")
+    check_context(before, after)
+    options = RowOptions(where, rows, docs, mask_special, mask_sinks, fold, memory_bytes)
+    tables: dict[int, pa.Table] = {}
+    masks, warnings, bytes_read, eligible = {}, [], 0, []
+    for hook_point, members in _by_hook_point(targets).items():
+        acts = open_acts(run, hook_point, memory_bytes)
+        scorer = _make_scorer([targets[i] for i in members], acts, sign)
+        report = find_rows(run, acts, scorer, options, k=k)
+        found = _describe(run, acts, scorer, report, before, after)
+        tables.update(zip(members, found, strict=True))
+        masks[acts.hook_point] = report_mask(report, options)
+        warnings += mask_warnings(run, report, sum(map(len, found)), k * len(members))
+        bytes_read += report.bytes_read
+        eligible.append(report.removed.n_kept)
+    pieces = [_name_target(tables[i], targets[i]) if several else tables[i] for i in range(len(targets))]
+    request = {"verb": "examples", "run": run.id, "target": [t.label for t in targets], "k": k, "sign": sign}
+    return make_result(
+        run,
+        pieces,
+        start=start,
+        request={**request, "before": before, "after": after, **options.echo()},
+        mask=masks,
+        n_requested=k * len(targets),
+        n_eligible=min(eligible),
+        bytes_read=bytes_read,
+        options=options,
+        warnings=warnings,
+    )
+
+
+def check_targets(run: Run, targets: Sequence[Any]) -> list[Neuron | Direction]:
+    """Return the targets if the run can be asked about each.
+
+    Raises:
+        InvalidInputError: not targets, none, or one that does not fit its hook point's width.
+        NotFoundError: no such hook point, or a latent.
+    """
+    if not targets:
+        raise InvalidInputError(ErrorKind.BAD_ARGUMENT, "examples() needs at least one target, got none")
+    checked: list[Neuron | Direction] = []
+    for target in targets:
+        if isinstance(target, Latent):
+            raise NotFoundError(
+                ErrorKind.COLLECTION_NOT_FOUND,
+                f"{target.label!r} was asked for, and this store holds no dictionaries: ask for a neuron, or for the "
+                "latent's encoder direction with actstore.direction(hook_point, vector)",
+            )
+        if not isinstance(target, (Neuron, Direction)):
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"a target is actstore.neuron(...) or actstore.direction(...), got {type(target).__name__}: "
+                "actstore.parse_target reads one from text",
+            )
+        width = run.d_model(target.hook_point)
+        if isinstance(target, Neuron) and target.index >= width:
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"{target.label!r}: {target.hook_point!r} has neurons 0 to {width - 1}",
+            )
+        if isinstance(target, Direction) and target.vector.size != width:
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"{target.label!r} has {target.vector.size} dimensions, {target.hook_point!r} has {width}",
+            )
+        checked.append(target)
+    return checked
+
+
+def _by_hook_point(targets: Sequence[Neuron | Direction]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i, target in enumerate(targets):
+        groups.setdefault(target.hook_point, []).append(i)
+    return groups
+
+
+def _make_scorer(targets: Sequence[Neuron | Direction], acts: Activations, sign: Sign) -> Scorer:
+    if all(isinstance(target, Neuron) for target in targets):
+        return NeuronScorer([target.index for target in targets if isinstance(target, Neuron)], sign)
+    vectors_qd = np.zeros((len(targets), acts.shape[1]))
+    for vector_d, target in zip(vectors_qd, targets, strict=True):
+        if isinstance(target, Neuron):
+            vector_d[target.index] = 1.0
+        else:
+            vector_d[:] = target.vector
+    return ProjectionScorer(vectors_qd, sign)
+
+
+def _describe(
+    run: Run, acts: Activations, scorer: Scorer, report: ScanReport, before: int, after: int
+) -> list[pa.Table]:
+    hits = [
+        Hit(query, rank, row)
+        for query, best in enumerate(report.best)
+        for rank, (_, row) in enumerate(best.ranked(), start=1)
+    ]
+    table = describe_hits(run.tokenization, acts, scorer, hits, before=before, after=after)
+    tables, at = [], 0
+    for best in report.best:
+        n = len(best.ranked())
+        tables.append(table.slice(at, n))
+        at += n
+    return tables
+
+
+def _name_target(table: pa.Table, target: Neuron | Direction) -> pa.Table:
+    return table.add_column(0, "target", pa.array([target.label] * len(table), pa.string()))

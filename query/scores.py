@@ -1,0 +1,210 @@
+"""How strongly does a stored row answer a query, fast and bounded first, then exactly?
+
+A scorer gives every row of a block an upper bound on its score from one float32 matrix product, and the exact score of
+the few rows that may matter from float64 sums. Higher scores are better; `value` turns a score into what the
+user asked for (an activation, a cosine, a distance).
+
+The bound: a float32 inner product of d terms in any order, fused or not, is within gamma_d |x|·|w| of the true one,
+gamma_d = d u / (1 - d u), u = 2^-24, and |x|·|w| <= ||x|| ||w||. Rounding w to float32 adds u ||x|| ||w||. The constants
+below are doubled, which covers the rounding of the norms themselves.
+
+Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1, eq. 3.5.
+"""
+
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Float32s: TypeAlias = npt.NDArray[np.float32]
+Float64s: TypeAlias = npt.NDArray[np.float64]
+Sign = Literal["pos", "neg", "abs"]
+Metric = Literal["cosine", "ip", "l2"]
+
+_UNIT_ROUNDOFF = 2.0**-24
+_TINY = 2.0**-100
+"""Above what 2^20 underflowing terms can lose, even where the processor flushes subnormals (2^-126 each)."""
+
+
+def dot_bound(d_model: int) -> float:
+    """Return c with |float32 inner product - true one| <= c ||x|| ||w||, doubled for the rounding of the norms.
+
+    >>> 9.0e-05 < dot_bound(768) < 9.5e-05
+    True
+    """
+    nu = (d_model + 2) * _UNIT_ROUNDOFF
+    return 2.0 * nu / (1.0 - nu) if nu < 0.5 else float("inf")
+
+
+class Scorer(Protocol):
+    """Scores of rows for `n_queries` queries at once."""
+
+    n_queries: int
+
+    def upper(self, acts_td: Float32s, norms_t: Float64s) -> Float64s:
+        """Return upper bounds, shape (t, q); NaN never, `inf` where nothing is known."""
+
+    def exact(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the exact scores of rows for one query, shape (t,); `-inf` for a row that cannot be an answer."""
+
+    def value(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return what the user asked for of each row, shape (t,)."""
+
+
+def dot64(acts_td: Float32s, vector_d: Float64s) -> Float64s:
+    """Return the inner products in float64, each the same whatever rows are around it; shape (t,)."""
+    with np.errstate(all="ignore"):
+        # Not a BLAS call: its order of summation may depend on the block's shape, and equal rows must tie.
+        products: Float64s = acts_td.astype(np.float64) * vector_d
+        total: Float64s = products.sum(axis=1)
+    return total
+
+
+class _Products:
+    """Float32 inner products with unit vectors along the queries, and their bound."""
+
+    def __init__(self, vectors_qd: Float64s) -> None:
+        self.vectors_qd = np.ascontiguousarray(vectors_qd, dtype=np.float64)
+        self.n_queries, d_model = self.vectors_qd.shape
+        with np.errstate(all="ignore"):
+            scale_q = np.abs(self.vectors_qd).max(axis=1)
+            # Scaled first: squares of large or small numbers would overflow or vanish.
+            scaled = self.vectors_qd / np.where(scale_q > 0, scale_q, 1.0)[:, None]
+            self.lengths_q: Float64s = scale_q * np.sqrt((scaled**2).sum(axis=1))
+            unit = scaled / np.maximum(np.sqrt((scaled**2).sum(axis=1)), 1e-300)[:, None]
+        self.units_dq = np.ascontiguousarray(unit.T.astype(np.float32))
+        self.bound = dot_bound(d_model)
+
+    def unit_products(self, acts_td: Float32s) -> Float64s:
+        """Return inner products with the unit vectors, shape (t, q); not finite where float32 overflows."""
+        with np.errstate(all="ignore"):
+            return (acts_td @ self.units_dq).astype(np.float64)
+
+    def slack(self, norms_t: Float64s) -> Float64s:
+        """Return how far `unit_products` may be from the truth, shape (t, 1)."""
+        return (self.bound * norms_t + _TINY)[:, None]
+
+
+def _known(upper_tq: Float64s) -> Float64s:
+    """Return the bounds with NaN (float32 overflow met its opposite) as `inf`: the row must be looked at."""
+    return np.where(np.isnan(upper_tq), np.inf, upper_tq)
+
+
+class ProjectionScorer:
+    """Inner products with directions; only rows on the wanted side of zero are answers."""
+
+    def __init__(self, vectors_qd: Float64s, sign: Sign) -> None:
+        """Take the directions, shape (q, d), and which side of zero counts."""
+        self._products = _Products(vectors_qd)
+        self.n_queries = self._products.n_queries
+        self.sign = sign
+
+    def upper(self, acts_td: Float32s, norms_t: Float64s) -> Float64s:
+        """Return upper bounds of the signed inner products."""
+        products = self._products.unit_products(acts_td)
+        signed = products if self.sign == "pos" else -products if self.sign == "neg" else np.abs(products)
+        with np.errstate(all="ignore"):
+            bound_tq: Float64s = (signed + self._products.slack(norms_t)) * (
+                self._products.lengths_q * (1 + 1e-12)
+            )
+        bound_tq = _known(bound_tq)
+        # A row that is certainly on the other side of zero can never be an answer.
+        bound_tq[bound_tq < 0] = -np.inf
+        return bound_tq
+
+    def exact(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the signed inner product, `-inf` where it is not above zero."""
+        values = self.value(acts_td, query)
+        signed = values if self.sign == "pos" else -values if self.sign == "neg" else np.abs(values)
+        return np.where(signed > 0, signed, -np.inf)
+
+    def value(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the inner product."""
+        return dot64(acts_td, self._products.vectors_qd[query])
+
+
+class NeuronScorer:
+    """Single dimensions: the stored values are the scores, and exact."""
+
+    def __init__(self, indices: list[int], sign: Sign) -> None:
+        """Take the dimensions and which side of zero counts."""
+        self._indices = np.asarray(indices, dtype=np.int64)
+        self.n_queries = len(indices)
+        self.sign = sign
+
+    def upper(self, acts_td: Float32s, norms_t: Float64s) -> Float64s:  # noqa: ARG002 - the protocol's
+        """Return the signed stored values, `-inf` where not above zero."""
+        return self._signed(acts_td[:, self._indices].astype(np.float64))
+
+    def exact(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the signed stored value, `-inf` where it is not above zero."""
+        return self._signed(self.value(acts_td, query))
+
+    def value(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the stored value."""
+        return acts_td[:, self._indices[query]].astype(np.float64)
+
+    def _signed(self, values: Float64s) -> Float64s:
+        signed = values if self.sign == "pos" else -values if self.sign == "neg" else np.abs(values)
+        with np.errstate(invalid="ignore"):
+            return np.where(signed > 0, signed, -np.inf)
+
+
+class SimilarityScorer:
+    """Cosine, inner product or Euclidean distance to query vectors; nearer rows score higher."""
+
+    def __init__(self, vectors_qd: Float64s, metric: Metric) -> None:
+        """Take the queries, shape (q, d), none all zeros for cosine, and the metric."""
+        self._products = _Products(vectors_qd)
+        self.n_queries = self._products.n_queries
+        self.metric = metric
+
+    def upper(self, acts_td: Float32s, norms_t: Float64s) -> Float64s:
+        """Return upper bounds of the cosine, the inner product, or minus the squared distance."""
+        products = self._products
+        unit_tq = products.unit_products(acts_td)
+        slack_t1 = products.slack(norms_t)
+        with np.errstate(all="ignore"):
+            if self.metric == "cosine":
+                bound_tq = (unit_tq + slack_t1) / norms_t[:, None]
+                bound_tq = bound_tq + products.bound
+            elif self.metric == "ip":
+                bound_tq = (unit_tq + slack_t1) * (products.lengths_q * (1 + 1e-12))
+            else:
+                bound_tq = self._upper_l2(unit_tq, slack_t1, norms_t)
+        return _known(bound_tq)
+
+    def _upper_l2(self, unit_tq: Float64s, slack_t1: Float64s, norms_t: Float64s) -> Float64s:
+        lengths_q = self._products.lengths_q
+        # -(||x||^2 - 2 x.q + ||q||^2), and the norms of x come from float32.
+        squares_t1 = norms_t[:, None] ** 2
+        error_tq = 2 * slack_t1 * lengths_q + self._products.bound * (squares_t1 + lengths_q**2) + _TINY
+        bound_tq: Float64s = 2 * unit_tq * lengths_q - squares_t1 - lengths_q**2 + error_tq
+        return bound_tq
+
+    def exact(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the cosine, the inner product, or minus the squared distance; `-inf` where undefined."""
+        scores = (
+            -self._squared_distance(acts_td, query) if self.metric == "l2" else self.value(acts_td, query)
+        )
+        return np.where(np.isnan(scores), -np.inf, scores)
+
+    def value(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the cosine (NaN for a row of zeros), the inner product, or the distance."""
+        if self.metric == "l2":
+            return np.sqrt(self._squared_distance(acts_td, query))
+        products = dot64(acts_td, self._products.vectors_qd[query])
+        if self.metric == "ip":
+            return products
+        wide = acts_td.astype(np.float64)
+        with np.errstate(all="ignore"):
+            lengths: Float64s = np.sqrt((wide * wide).sum(axis=1)) * self._products.lengths_q[query]
+            # Rounding may carry a cosine of 1 past it by an ulp or two.
+            cosine: Float64s = np.clip(np.where(lengths > 0, products / lengths, np.nan), -1.0, 1.0)
+        return cosine
+
+    def _squared_distance(self, acts_td: Float32s, query: int) -> Float64s:
+        with np.errstate(all="ignore"):
+            difference = acts_td.astype(np.float64) - self._products.vectors_qd[query]
+            total: Float64s = (difference * difference).sum(axis=1)
+        return total

@@ -1,0 +1,401 @@
+"""Which views can SQL ask, what do their columns mean, and where does each come from?
+
+Views over manifests (runs, hook points, units, ...) are small Arrow tables made from the store's state. Views over stored
+Parquet (`documents`, `tokens`) are read by DuckDB from checked local files, so that filters and projections reach the files.
+Only what a query mentions is prepared.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from actstore.corpus import FIXED_COLUMNS
+from actstore.hook_points import parse_hook_point
+from actstore.log.values import Collection as StoredCollection
+from actstore.names import hook_point_folder
+from actstore.store import Store
+
+from .duck import quote_name, quote_text
+
+SqlType = tuple[str, str, pa.DataType, str]
+"""Name, DuckDB type, Arrow type, meaning of a column."""
+
+
+def _column(name: str, type_: str, meaning: str) -> SqlType:
+    arrow = {"VARCHAR": pa.string(), "BIGINT": pa.int64(), "INTEGER": pa.int32(), "BOOLEAN": pa.bool_()}
+    return (name, type_, arrow[type_], meaning)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One view: what it is for and what its columns mean."""
+
+    meaning: str
+    columns: tuple[SqlType, ...]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Arrow schema of the documented columns."""
+        return pa.schema([pa.field(name, arrow) for name, _, arrow, _ in self.columns])
+
+
+_NBYTES = _column("nbytes", "BIGINT", "stored bytes")
+_CREATED = _column("created_version", "BIGINT", "store version that created it")
+
+VIEWS: dict[str, View] = {
+    "runs": View(
+        "runs: one model revision over one tokenization",
+        (
+            _column("run", "VARCHAR", "the run's name"),
+            _column("model", "VARCHAR", "architecture or name of the model, as its configuration says"),
+            _column("model_source", "VARCHAR", "path or hub name that the model was loaded from"),
+            _column("revision", "VARCHAR", "commit of the model on the hub; null for a local folder"),
+            _column("tokenization", "VARCHAR", "tokenization whose rows the run covers"),
+            _column("corpus", "VARCHAR", "corpus behind the tokenization"),
+            _column("dtype", "VARCHAR", "stored number type: float32, float16 or bfloat16"),
+            _column("compute_dtype", "VARCHAR", "number type of the forward pass"),
+            _column("codec", "VARCHAR", "how shards are encoded: hot, lz4 or cold"),
+            _column("attn_implementation", "VARCHAR", "attention implementation of the forward pass"),
+            _column("n_hook_points", "INTEGER", "hook points stored"),
+            _column("n_rows", "BIGINT", "token rows stored so far"),
+            _column("n_units", "BIGINT", "units stored so far"),
+            _column("n_units_planned", "BIGINT", "units of the tokenization"),
+            _column("is_complete", "BOOLEAN", "every unit is stored and the run is sealed"),
+            _column("nonfinite", "BIGINT", "NaN or infinite values stored"),
+            _NBYTES,
+            _CREATED,
+            _column("fingerprint", "VARCHAR", "SHA-256 of the configuration"),
+            _column("config", "VARCHAR", "the configuration as JSON"),
+        ),
+    ),
+    "hook_points": View(
+        "hook points stored, one row per run and hook point",
+        (
+            _column("run", "VARCHAR", "the run's name"),
+            _column("hook_point", "VARCHAR", "canonical name of the place in the model"),
+            _column("layer", "INTEGER", "layer, from 0; null outside the layers"),
+            _column("d_model", "INTEGER", "activations per row"),
+            _column("n_rows", "BIGINT", "token rows stored so far"),
+            _NBYTES,
+            _column("nonfinite", "BIGINT", "NaN or infinite values stored"),
+        ),
+    ),
+    "corpora": View(
+        "corpora: immutable sets of documents",
+        (
+            _column("corpus", "VARCHAR", "the corpus's name"),
+            _column("n_documents", "BIGINT", "documents"),
+            _column("text_bytes", "BIGINT", "bytes of text as UTF-8"),
+            _column("n_parts", "BIGINT", "stored Parquet parts"),
+            _NBYTES,
+            _CREATED,
+            _column("content_sha256", "VARCHAR", "hash of all documents"),
+            _column("columns", "VARCHAR", "JSON object: Arrow type of every column of its documents"),
+        ),
+    ),
+    "documents": View(
+        "documents of every corpus, with the union of their metadata columns",
+        (
+            _column("corpus", "VARCHAR", "the corpus's name"),
+            _column("doc_id", "BIGINT", "number of the document in its corpus, from 0"),
+            _column("text", "VARCHAR", "the document's text"),
+            _column("source_key", "VARCHAR", "id, path or line that the source gave the document"),
+        ),
+    ),
+    "tokenizations": View(
+        "tokenizations: a corpus cut by one tokenizer into rows",
+        (
+            _column("tokenization", "VARCHAR", "its id"),
+            _column("corpus", "VARCHAR", "corpus that it cuts"),
+            _column("window", "BIGINT", "tokens per model window"),
+            _column("overlap", "BIGINT", "tokens that neighbouring windows share"),
+            _column("add_special_tokens", "BOOLEAN", "whether the tokenizer added its special tokens"),
+            _column("rows_per_unit", "BIGINT", "row numbers that each unit spans"),
+            _column("n_rows", "BIGINT", "token rows"),
+            _column("n_units", "BIGINT", "units"),
+            _column("n_documents", "BIGINT", "documents cut; null until complete"),
+            _column("is_complete", "BOOLEAN", "every unit is stored"),
+            _column("tokenizer_sha256", "VARCHAR", "hash of the tokenizer"),
+            _NBYTES,
+            _CREATED,
+        ),
+    ),
+    "tokens": View(
+        "token rows of every tokenization; join documents on (corpus, doc_id)",
+        (
+            _column("tokenization", "VARCHAR", "id of the tokenization"),
+            _column("corpus", "VARCHAR", "corpus of the document"),
+            _column(
+                "row",
+                "BIGINT",
+                "global token row: the row of the activations of every run of the tokenization",
+            ),
+            _column("doc_id", "BIGINT", "number of the document in its corpus"),
+            _column("position", "INTEGER", "index of the token in its document"),
+            _column("token_id", "INTEGER", "number of the token in the vocabulary"),
+            _column("token", "VARCHAR", "readable text of the token"),
+            _column("char_start", "INTEGER", "first character in the document's text, in code points"),
+            _column("char_end", "INTEGER", "one past the last character"),
+            _column(
+                "is_special", "BOOLEAN", "whether the tokenizer added it (beginning of text, separator, ...)"
+            ),
+            _column("window", "INTEGER", "model window in the document, from 0"),
+            _column("window_position", "INTEGER", "index in the window: the position that the model saw"),
+        ),
+    ),
+    "units": View(
+        "stored units of every collection: the pieces that are written and committed whole",
+        (
+            _column("kind", "VARCHAR", "corpus, tokenization, run, ..."),
+            _column("id", "VARCHAR", "name of the collection"),
+            _column("unit", "BIGINT", "number of the unit"),
+            _column("rows", "BIGINT", "token rows, or documents of a corpus"),
+            _column("nonfinite", "BIGINT", "NaN or infinite values"),
+            _NBYTES,
+            _column("version", "BIGINT", "store version that made it live"),
+        ),
+    ),
+    "view_columns": View(
+        "this documentation: every column of every view",
+        (
+            _column("view", "VARCHAR", "name of the view"),
+            _column("column_name", "VARCHAR", "name of the column"),
+            _column("column_type", "VARCHAR", "DuckDB type"),
+            _column("meaning", "VARCHAR", "what it holds, with its unit"),
+        ),
+    ),
+}
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What a connection needs for the views that one query mentions."""
+
+    tables: dict[str, pa.Table] = field(default_factory=dict)
+    views: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    nbytes: int = 0
+    """Stored bytes of `files`."""
+
+
+def prepare_views(store: Store, names: Collection[str], *, empty: bool) -> Prepared:
+    """Return the named views of a store.
+
+    Args:
+        store: The store, at its version.
+        names: Names out of `VIEWS`.
+        empty: Only the columns and their types: nothing is read.
+    """
+    prepared = Prepared()
+    for name in sorted(names):
+        if name == "documents":
+            _prepare_documents(store, prepared, empty=empty)
+        elif name == "tokens":
+            _prepare_tokens(store, prepared, empty=empty)
+        else:
+            rows = list(_STATE_VIEWS[name](store))
+            prepared.tables[name] = pa.Table.from_pylist(rows, schema=VIEWS[name].schema)
+    return prepared
+
+
+def list_views() -> pa.Table:
+    """Return the name and meaning of every view, as SHOW TABLES answers."""
+    return pa.table(
+        {"name": list(VIEWS), "meaning": [view.meaning for view in VIEWS.values()]},
+        schema=pa.schema([("name", pa.string()), ("meaning", pa.string())]),
+    )
+
+
+def document_columns(store: Store) -> dict[str, set[str]]:
+    """Return every metadata column of any corpus with the Arrow types it has."""
+    found: dict[str, set[str]] = {}
+    for corpus in store.corpora():
+        for name, type_ in corpus.columns.items():
+            if name not in FIXED_COLUMNS:
+                found.setdefault(name, set()).add(type_)
+    return found
+
+
+def _prepare_documents(store: Store, prepared: Prepared, *, empty: bool) -> None:
+    mixed = {
+        name for name, types in document_columns(store).items() if len(types) > 1 and not _numeric(types)
+    }
+    branches = [_empty_branch("documents")]
+    for corpus in store.corpora():
+        objects = [unit.objects[0] for unit in corpus.parts]
+        if not objects:
+            continue
+        files = [store.objects.file(obj) for obj in (objects[:1] if empty else objects)]
+        prepared.files += files
+        prepared.nbytes += 0 if empty else sum(obj.nbytes for obj in objects)
+        stored = [name for name in corpus.columns if name not in FIXED_COLUMNS]
+        metadata = [
+            f"CAST({quote_name(c)} AS VARCHAR) AS {quote_name(c)}" if c in mixed else quote_name(c)
+            for c in stored
+        ]
+        columns = ", ".join(["doc_id", "text", "source_key", *metadata])
+        limit = " LIMIT 0" if empty else ""
+        branches.append(
+            f"(SELECT {quote_text(corpus.id)} AS corpus, {columns} FROM {_read_parquet(files)}{limit})"
+        )
+    prepared.views.append("CREATE VIEW documents AS " + " UNION ALL BY NAME ".join(branches))
+
+
+def _numeric(types: Iterable[str]) -> bool:
+    return all(t.rstrip("0123456789") in ("int", "uint", "float", "double") for t in types)
+
+
+def _prepare_tokens(store: Store, prepared: Prepared, *, empty: bool) -> None:
+    branches = [_empty_branch("tokens")]
+    for tokenization in [] if empty else store.tokenizations():
+        objects = [unit.objects[0] for unit in tokenization.units]
+        if not objects:
+            continue
+        files = [store.objects.file(obj) for obj in objects]
+        prepared.files += files
+        prepared.nbytes += sum(obj.nbytes for obj in objects)
+        token, join = "NULL::VARCHAR", ""
+        if tokenization.collection.is_sealed:
+            words = f"vocabulary {tokenization.id}"
+            prepared.tables[words] = tokenization.vocabulary()
+            token, join = "v.token", f" LEFT JOIN {quote_name(words)} v ON v.token_id = t.token_id"
+        columns = ", ".join(
+            f"{token} AS token" if name == "token" else f"t.{name}"
+            for name, *_ in VIEWS["tokens"].columns
+            if name not in ("tokenization", "corpus")
+        )
+        branches.append(
+            f"SELECT {quote_text(tokenization.id)} AS tokenization, {quote_text(tokenization.corpus.id)} AS corpus, "
+            f"{columns} FROM {_read_parquet(files)} t{join}"
+        )
+    prepared.views.append("CREATE VIEW tokens AS " + " UNION ALL ".join(branches))
+
+
+def _read_parquet(files: Iterable[str]) -> str:
+    return f"read_parquet([{', '.join(map(quote_text, files))}], hive_partitioning = false)"
+
+
+def _empty_branch(name: str) -> str:
+    columns = ", ".join(f"NULL::{type_} AS {quote_name(c)}" for c, type_, *_ in VIEWS[name].columns)
+    return f"(SELECT {columns} WHERE false)"
+
+
+def _nbytes(collection: StoredCollection, prefix: str) -> int:
+    objects = [o for unit in collection.units.values() for o in unit.objects]
+    return sum(o.nbytes for o in objects if o.key.startswith(prefix))
+
+
+def _model_name(model: Mapping[str, Any]) -> str | None:
+    for key in ("name", "architecture", "model_type", "class"):
+        if model.get(key):
+            return str(model[key])
+    return None
+
+
+def _runs(store: Store) -> Iterable[dict[str, Any]]:
+    for run in store.runs():
+        config, collection = run.config, run.collection
+        tokenization = run.tokenization
+        yield {
+            "run": run.id,
+            "model": _model_name(config["model"]),
+            "model_source": collection.info.get("model_source"),
+            "revision": config["model"].get("revision"),
+            "tokenization": tokenization.id,
+            "corpus": tokenization.corpus.id,
+            **{key: config.get(key) for key in ("dtype", "compute_dtype", "codec", "attn_implementation")},
+            "n_hook_points": len(run.hook_points),
+            "n_rows": run.n_rows,
+            "n_units": run.n_units,
+            "n_units_planned": len(tokenization.units),
+            "is_complete": run.is_complete,
+            "nonfinite": collection.nonfinite,
+            "nbytes": collection.nbytes,
+            "created_version": collection.version,
+            "fingerprint": collection.fingerprint,
+            "config": json.dumps(config, sort_keys=True, default=dict),
+        }
+
+
+def _hook_points(store: Store) -> Iterable[dict[str, Any]]:
+    for run in store.runs():
+        for entry in run.config["hook_points"]:
+            name = entry["name"]
+            counts = (u.meta.get("nonfinite", {}).get(name, 0) for u in run.collection.units.values())
+            yield {
+                "run": run.id,
+                "hook_point": name,
+                "layer": parse_hook_point(name).layer,
+                "d_model": entry["d_model"],
+                "n_rows": run.n_rows,
+                "nbytes": _nbytes(run.collection, f"runs/{run.id}/{hook_point_folder(name)}/"),
+                "nonfinite": sum(counts),
+            }
+
+
+def _corpora(store: Store) -> Iterable[dict[str, Any]]:
+    for corpus in store.corpora():
+        collection = corpus.collection
+        yield {
+            "corpus": corpus.id,
+            "n_documents": corpus.n_documents,
+            "text_bytes": collection.config.get("text_bytes"),
+            "n_parts": len(collection.units),
+            "nbytes": collection.nbytes,
+            "created_version": collection.version,
+            "content_sha256": collection.config.get("content_sha256"),
+            "columns": json.dumps(corpus.columns),
+        }
+
+
+def _tokenizations(store: Store) -> Iterable[dict[str, Any]]:
+    for tokenization in store.tokenizations():
+        collection = tokenization.collection
+        shaping = ("window", "overlap", "add_special_tokens", "rows_per_unit", "tokenizer_sha256")
+        yield {
+            "tokenization": tokenization.id,
+            "corpus": tokenization.corpus.id,
+            **{key: collection.config.get(key) for key in shaping},
+            "n_rows": collection.rows,
+            "n_units": len(collection.units),
+            "n_documents": collection.seal.meta.get("n_documents") if collection.seal else None,
+            "is_complete": collection.is_sealed,
+            "nbytes": collection.nbytes,
+            "created_version": collection.version,
+        }
+
+
+def _units(store: Store) -> Iterable[dict[str, Any]]:
+    for (kind, id_), collection in sorted(store.state.collections.items()):
+        for unit in sorted(collection.units.values(), key=lambda u: u.unit):
+            yield {
+                "kind": kind,
+                "id": id_,
+                "unit": unit.unit,
+                "rows": unit.rows,
+                "nonfinite": unit.nonfinite,
+                "nbytes": sum(o.nbytes for o in unit.objects),
+                "version": unit.version,
+            }
+
+
+def _view_columns(store: Store) -> Iterable[dict[str, Any]]:
+    for name, view in VIEWS.items():
+        for column, type_, _, meaning in view.columns:
+            yield {"view": name, "column_name": column, "column_type": type_, "meaning": meaning}
+    for column, types in document_columns(store).items():
+        meaning = f"metadata of the corpora, stored as {' or '.join(sorted(types))}"
+        yield {"view": "documents", "column_name": column, "column_type": None, "meaning": meaning}
+
+
+_STATE_VIEWS: dict[str, Callable[[Store], Iterable[dict[str, Any]]]] = {
+    "runs": _runs,
+    "hook_points": _hook_points,
+    "corpora": _corpora,
+    "tokenizations": _tokenizations,
+    "units": _units,
+    "view_columns": _view_columns,
+}

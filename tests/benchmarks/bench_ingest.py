@@ -1,0 +1,114 @@
+"""How much of the model's own speed is left when its activations are stored?
+
+The floor is a loop that only runs the model: the same windows in the same batches, layers after the last hooked one taken
+off, nothing captured and nothing written. The ratio is the whole ingest's tokens per second (tokens read, forward, capture,
+statistics, checksums, durable writes, commits) over that loop's.
+"""
+
+import itertools
+import pydoc_data.topics
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import actstore
+from actstore.ingest import IngestConfig, import_corpus
+from actstore.ingest import run as run_ingest
+from actstore.ingest.batches import plan_batches
+from actstore.ingest.unit import window_starts
+from tests.ingest import tiny_models
+
+ROUNDS = 3
+BATCH_TOKENS = 4096
+
+CASES = (
+    (
+        "ingest, 4 layers x 256, 1 hook point",
+        {"n_layers": 4, "d_model": 256},
+        ["layers.2.resid_post"],
+        3,
+        60_000,
+    ),
+    (
+        "ingest, 4 layers x 256, 4 hook points",
+        {"n_layers": 4, "d_model": 256},
+        ["layers.*.resid_post"],
+        4,
+        60_000,
+    ),
+    (
+        "ingest, 12 layers x 768, 1 hook point",
+        {"n_layers": 12, "d_model": 768},
+        ["layers.8.resid_post"],
+        9,
+        8_000,
+    ),
+)
+
+
+def floor_s(folder: str, tokenization: actstore.store.Tokenization, n_layers: int) -> float:
+    """Return the seconds of the forward passes alone."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder).eval()
+    model.h = model.h[:n_layers]
+    units = []
+    for unit in tokenization.units:
+        table = tokenization.unit_table(unit.unit)
+        ids = table["token_id"].to_numpy().astype(np.int64)
+        starts = window_starts(table["doc_id"].to_numpy(), table["window"].to_numpy())
+        units.append((ids, starts))
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for ids, starts in units:
+            lengths = np.diff(starts)
+            for batch in plan_batches(lengths, BATCH_TOKENS):
+                longest = int(lengths[batch].max())
+                padded = np.zeros((len(batch), longest), np.int64)
+                mask = np.zeros((len(batch), longest), np.int64)
+                for i, w in enumerate(batch):
+                    padded[i, : lengths[w]] = ids[starts[w] : starts[w + 1]]
+                    mask[i, : lengths[w]] = 1
+                attention = None if mask.all() else torch.from_numpy(mask)
+                model(input_ids=torch.from_numpy(padded), attention_mask=attention, use_cache=False)
+    return time.perf_counter() - started
+
+
+def documents(n_tokens: int) -> Iterator[dict[str, str]]:
+    """Python's own help texts, over and over, until there are about `n_tokens` tokens of 2.5 characters."""
+    left = n_tokens * 2.5
+    for text in itertools.cycle(pydoc_data.topics.topics.values()):
+        if left <= 0:
+            return
+        left -= len(text)
+        yield {"text": text}
+
+
+def run() -> list[tuple[str, float, float, str]]:
+    """Return (name, median ratio, target, note) of each case."""
+    rows = []
+    for name, shape, hook_points, n_layers, n_tokens in CASES:
+        with tempfile.TemporaryDirectory() as tmp:
+            folder = str(Path(tmp) / "model")
+            tiny_models.build("gpt2", folder, context=128, n_heads=4, **shape)
+            store = actstore.open(f"{tmp}/store", create=True)
+            import_corpus(store, "topics", documents(n_tokens))
+            ratios, speeds = [], []
+            for i in range(ROUNDS + 1):
+                config = IngestConfig(
+                    corpus="topics", model=folder, hook_points=hook_points, run=f"r{i}", batch_tokens=BATCH_TOKENS,
+                    device="cpu", ray_address=None, window=128, rows_per_unit=4096,
+                )  # fmt: skip
+                report = run_ingest(store, config)
+                base_s = floor_s(folder, store.run(f"r{i}").tokenization, n_layers)
+                if i:  # the first round warms up
+                    ratios.append(base_s / report.elapsed_s)
+                    speeds.append(report.rows_per_s)
+            note = f"{statistics.median(speeds):,.0f} tokens/s of the forward-only loop's"
+            rows.append((name, statistics.median(ratios), 0.85, note))
+    return rows

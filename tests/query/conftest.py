@@ -1,0 +1,34 @@
+"""Stores that several query tests read; each is made once per test process and never changed."""
+
+import pytest
+
+from tests.query.make_store import add_run, make_store, random_values
+
+WIDTHS = {"layers.0.resid_post": 12, "layers.1.mlp_act": 24}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Special tokens, NaNs, sinks, two hook points, float32 and bfloat16, a partial run."""
+    made = make_store(str(tmp_path_factory.mktemp("query") / "a.store"), seed=1, n_documents=40)
+    add_run(made, "run", WIDTHS, random_values(1, WIDTHS, nonfinite=True, sinks=True))
+    add_run(made, "half", WIDTHS, random_values(2, WIDTHS), dtype="bfloat16", codec="cold")
+    add_run(made, "part", WIDTHS, random_values(3, WIDTHS), dtype="float16", skip_units=(0, 3), seal=False)
+    return made
+
+
+@pytest.fixture(scope="session")
+def overlapping(tmp_path_factory):
+    """Overlapping windows, no special tokens, clean numbers."""
+    made = make_store(
+        str(tmp_path_factory.mktemp("query") / "b.store"),
+        seed=2,
+        n_documents=30,
+        window=12,
+        overlap=4,
+        bos=False,
+        rows_per_unit=128,
+    )
+    widths = {"layers.0.resid_post": 16}
+    add_run(made, "run", widths, random_values(4, widths))
+    return made

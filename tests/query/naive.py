@@ -1,0 +1,59 @@
+"""The questions answered the slow and plain way: one token after another, with Python's own exact sums."""
+
+import math
+
+import numpy as np
+
+from tests.query.make_store import Made
+
+
+def context_key(made: Made, token) -> tuple[int, ...]:
+    window = [t for t in made.tokens if (t.doc_id, t.window) == (token.doc_id, token.window)]
+    return tuple(t.token_id for t in window if t.window_position <= token.window_position)[-8:]
+
+
+def eligible(
+    made: Made,
+    hook_point: str,
+    run: str = "run",
+    *,
+    special=True,
+    sinks=True,
+    zero=False,
+    keep=lambda token: True,
+):
+    """Yield (token, acts) of the rows that may be answers."""
+    stored = made.acts[run, hook_point]
+    norms = [float(np.linalg.norm(a.astype(np.float64))) for a in stored.values() if np.isfinite(a).all()]
+    limit = 10 * float(np.median(norms))
+    for token in made.tokens:
+        acts = stored.get(token.row)
+        if acts is None or not np.isfinite(acts).all() or not keep(token):
+            continue
+        norm = float(np.linalg.norm(acts.astype(np.float64)))
+        if (special and token.is_special) or (sinks and (token.window_position == 0 or norm > limit)):
+            continue
+        if zero and norm == 0:
+            continue
+        yield token, acts.astype(np.float64)
+
+
+def top(made: Made, rows, score, k: int, fold: str | None = "context"):
+    """Return (row, score) of the best k after folding; `score` gives None for a row that is no answer."""
+    scored = [(score(acts), token) for token, acts in rows]
+    scored = sorted(((s, t) for s, t in scored if s is not None), key=lambda pair: (-pair[0], pair[1].row))
+    seen, best = set(), []
+    for s, token in scored:
+        key = {
+            None: token.row,
+            "doc": token.doc_id,
+            "context": context_key(made, token) if fold == "context" else 0,
+        }[fold]
+        if key not in seen:
+            seen.add(key)
+            best.append((token.row, s))
+    return best[:k]
+
+
+def dot(a, b) -> float:
+    return math.fsum(float(x) * float(y) for x, y in zip(a, b, strict=True))
