@@ -256,10 +256,11 @@ def plain_array(column: str, array: pa.Array) -> pa.Array:
             f"column {column!r} has type {kind}, which a corpus cannot store: cast it in the source, store it as text with "
             f"stringify=[{column!r}], or leave it out of columns=",
         )
-    return array if target == kind else array.cast(target)
+    return array if str(target) == str(kind) else array.cast(target)  # == overlooks names inside lists
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType | None:
+    """Return the type with default names and nullability inside, so that the same data has one type from every source."""
     t = pa.types
     if t.is_string_view(kind):
         return pa.string()
@@ -271,17 +272,28 @@ def _plain_type(kind: pa.DataType) -> pa.DataType | None:
         return _plain_type(kind.storage_type)
     if t.is_union(kind) or t.is_interval(kind) or t.is_run_end_encoded(kind):
         return None
+    inner = [_plain_type(child) for child in _children(kind)]
+    if any(child is None for child in inner):
+        return None
     if t.is_struct(kind):
-        inner = [_plain_type(field.type) for field in kind]
-        if any(i is None for i in inner):
-            return None
-        return pa.struct([(f.name, i) for f, i in zip(kind, inner, strict=True)])
-    if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind) or t.is_list_view(kind):
-        value = _plain_type(kind.value_type)
-        if value is None or value == kind.value_type:
-            return None if value is None else (pa.list_(value) if t.is_list_view(kind) else kind)
-        return pa.large_list(value) if t.is_large_list(kind) else pa.list_(value)
-    return kind
+        return pa.struct([(field.name, child) for field, child in zip(kind, inner, strict=True)])
+    if t.is_map(kind):
+        return pa.map_(*inner)
+    if t.is_fixed_size_list(kind):
+        return pa.list_(inner[0], kind.list_size)
+    if t.is_large_list(kind) or t.is_large_list_view(kind):
+        return pa.large_list(inner[0])
+    return pa.list_(inner[0]) if inner else kind
+
+
+def _children(kind: pa.DataType) -> list[pa.DataType]:
+    """Return the types inside a struct, map or list."""
+    t = pa.types
+    if t.is_struct(kind):
+        return [field.type for field in kind]
+    if t.is_map(kind):
+        return [kind.key_type, kind.item_type]
+    return [kind.value_type] if t.is_list_view(kind) or t.is_large_list_view(kind) or _is_list(kind) else []
 
 
 def final_type(kind: pa.DataType) -> pa.DataType:
@@ -314,7 +326,7 @@ def conform(column: str, array: pa.Array, kind: pa.DataType) -> pa.Array:
         return pa.nulls(len(array), kind)
     try:
         if _has_empty_struct(array.type):
-            return pa.array([_without_empty(v) for v in array.to_pylist()], type=kind)
+            return pa.array([_without_empty(v, kind) for v in array.to_pylist()], type=kind)
         return array.cast(kind)
     except pa.ArrowInvalid as error:
         raise InvalidInputError(
@@ -330,7 +342,10 @@ def _has_empty_struct(kind: pa.DataType) -> bool:
     return any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _without_empty(value: Any) -> Any:
+def _without_empty(value: Any, kind: pa.DataType) -> Any:
+    """Return a value whose empty objects are None wherever its column holds no object."""
     if isinstance(value, dict):
-        return {k: _without_empty(v) for k, v in value.items()} if value else None
-    return [_without_empty(v) for v in value] if isinstance(value, list) else value
+        if not pa.types.is_struct(kind):
+            return None
+        return {field.name: _without_empty(value.get(field.name), field.type) for field in kind}
+    return [_without_empty(v, kind.value_type) for v in value] if isinstance(value, list) else value

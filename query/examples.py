@@ -169,7 +169,8 @@ def _make_scorer(targets: Sequence[Neuron | Direction], acts: Activations, sign:
             vector_d[target.index] = 1.0
         else:
             vector_d[:] = target.vector
-    return ProjectionScorer(vectors_qd, sign)
+    neurons = {i: target.index for i, target in enumerate(targets) if isinstance(target, Neuron)}
+    return ProjectionScorer(vectors_qd, sign, neurons)
 
 
 def _describe(

@@ -11,6 +11,7 @@ below are doubled, which covers the rounding of the norms themselves.
 Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1, eq. 3.5.
 """
 
+from collections.abc import Mapping
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -93,9 +94,17 @@ def _known(upper_tq: Float64s) -> Float64s:
 class ProjectionScorer:
     """Inner products with directions; only rows on the wanted side of zero are answers."""
 
-    def __init__(self, vectors_qd: Float64s, sign: Sign) -> None:
-        """Take the directions, shape (q, d), and which side of zero counts."""
+    def __init__(self, vectors_qd: Float64s, sign: Sign, neurons: Mapping[int, int] | None = None) -> None:
+        """Take the directions, shape (q, d), and which side of zero counts.
+
+        Args:
+            vectors_qd: One direction per query.
+            sign: Which inner products are answers.
+            neurons: Queries whose direction is one dimension, and which: their value is the stored one, whatever else the
+                row holds.
+        """
         self._products = _Products(vectors_qd)
+        self._neurons = dict(neurons or {})
         self.n_queries = self._products.n_queries
         self.sign = sign
 
@@ -120,6 +129,8 @@ class ProjectionScorer:
 
     def value(self, acts_td: Float32s, query: int) -> Float64s:
         """Return the inner product."""
+        if query in self._neurons:
+            return acts_td[:, self._neurons[query]].astype(np.float64)
         return dot64(acts_td, self._products.vectors_qd[query])
 
 

@@ -102,7 +102,7 @@ def parse_statement(text: str) -> dict[str, Any]:
         raise bad_sql(f"a query must be SQL text, got {text!r}")
     if len(text) > MAX_SQL_CHARS:
         raise bad_sql(f"the query has {len(text)} characters, at most {MAX_SQL_CHARS} are accepted")
-    with duckdb.connect(":memory:", config={"python_enable_replacements": "false"}) as con:
+    with duckdb.connect(":memory:", config={"python_enable_replacements": "false", "threads": "1"}) as con:
         try:
             row = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [text]).fetchall()[0]
         except (duckdb.Error, UnicodeError) as error:

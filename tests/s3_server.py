@@ -137,6 +137,7 @@ class FaultyProxy:
         """Forget the faults that have not hit and the requests seen so far."""
         with self._lock:
             self._faults.clear()
+            self.hits = 0
             self.requests.clear()
 
     def pending(self) -> int:

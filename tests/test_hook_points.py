@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
@@ -201,6 +201,7 @@ def test_modules():
         expand_hook_points("module:a.c", stored)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 120), st.sampled_from(LAYER_PARTS)), min_size=1, max_size=30),
     st.randoms(),
@@ -221,6 +222,7 @@ def test_order_is_by_layer_whatever_was_asked_first(pairs, random):
     assert list(expand_hook_points(describe_hook_points(names), available(121))) == expected
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True), min_size=1, max_size=8),
     st.sampled_from(["", ":input", ":output"]),

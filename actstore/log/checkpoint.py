@@ -67,15 +67,16 @@ def parse_checkpoint_key(key: str) -> CheckpointKey | None:
     return CheckpointKey(key, int(match[1]), match[2]) if match else None
 
 
-def is_due(*, versions: int, manifest_bytes: int, checkpoint_bytes: int) -> bool:
+def is_due(*, versions: int, every: int, manifest_bytes: int, checkpoint_bytes: int) -> bool:
     """Return whether a checkpoint is worth writing.
 
     Args:
         versions: Since the last checkpoint.
+        every: At least so many.
         manifest_bytes: Of these versions' manifests.
         checkpoint_bytes: Size of the last checkpoint, 0 when there is none.
     """
-    return versions >= MIN_VERSIONS and manifest_bytes * BYTES_RATIO >= checkpoint_bytes
+    return versions >= every and manifest_bytes * BYTES_RATIO >= checkpoint_bytes
 
 
 def encode_checkpoint(state: State) -> tuple[str, bytes]:

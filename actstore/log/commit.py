@@ -31,6 +31,7 @@ from actstore.errors import (
 )
 from actstore.log import history
 from actstore.log.actions import parse_txn
+from actstore.log.checkpoint import MIN_VERSIONS
 from actstore.log.fold import Fold
 from actstore.log.history import Position
 from actstore.log.manifest import (
@@ -86,6 +87,7 @@ class CommitLog:
         *,
         sleep: Callable[[float], object] = time.sleep,
         rng: random.Random | None = None,
+        checkpoint_every: int = MIN_VERSIONS,
     ) -> None:
         """Make a log; touches nothing yet.
 
@@ -93,10 +95,12 @@ class CommitLog:
             storage: Where the store is.
             sleep: Called with seconds before another try.
             rng: Draws the pauses; the default is seeded by the system.
+            checkpoint_every: Versions between two checkpoints at least.
         """
         self.storage = storage
         self._sleep = sleep
         self._rng = rng or random.Random()
+        self._checkpoint_every = checkpoint_every
         self._lock = threading.Lock()
         self._position: Position | None = None
 
@@ -211,7 +215,7 @@ class CommitLog:
     def _plan(
         self, state: State, actions: Sequence[Action], plain: Sequence[Action]
     ) -> tuple[Fold, tuple[Action, ...], tuple[Add, ...]]:
-        fold = Fold(state)
+        fold = self._fold(state)
         kept: list[Action] = []
         dropped: list[Add] = []
         for given, action in zip(actions, plain, strict=True):
@@ -220,6 +224,9 @@ class CommitLog:
             elif isinstance(given, Add):
                 dropped.append(given)
         return fold, tuple(kept), tuple(dropped)
+
+    def _fold(self, state: State) -> Fold:
+        return Fold(state)
 
     def _manifest(
         self, fold: Fold, actions: tuple[Action, ...], *, txn: str, parent: str | None = None
@@ -334,7 +341,7 @@ class CommitLog:
         """Leave a checkpoint and a hint behind, as far as possible: the version is durable, whatever becomes of them."""
         self._remember(position)
         try:
-            self._remember(leave_checkpoint(self.storage, position))
+            self._remember(leave_checkpoint(self.storage, position, every=self._checkpoint_every))
             leave_hint(self.storage, self._position or position)
         except StorageError as error:
             logger.warning("version %d is committed; %s", position.state.version, error)

@@ -29,6 +29,8 @@ MAX_LISTED = 1000
 _RANGE_BYTES = 8 << 20
 _THREADS = 16
 _BATCH = 1024
+_FEW = 16
+"""So many objects are looked at before threads are started."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -351,6 +353,10 @@ def _count_others(storage: Storage, live: Iterable[str], tombstoned: Iterable[st
 def _mapped(function: Callable[[T], R], items: Iterable[T], *, threads: int) -> Iterator[R]:
     """Yield results in order, with at most a batch of items in flight."""
     remaining = iter(items)
+    few = list(islice(remaining, _FEW))
+    yield from map(function, few)
+    if len(few) < _FEW:
+        return
     with ThreadPoolExecutor(threads) as pool:
         while batch := list(islice(remaining, _BATCH)):
             yield from pool.map(function, batch)

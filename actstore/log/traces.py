@@ -13,16 +13,22 @@ from actstore.log.history import Position
 from actstore.storage.base import PutOutcome, Storage
 
 
-def leave_checkpoint(storage: Storage, position: Position) -> Position:
+def leave_checkpoint(storage: Storage, position: Position, *, every: int) -> Position:
     """Write a checkpoint of the position if one is due, and return the position with its newest checkpoint.
 
     Cost: nothing when none is due; else a listing of the checkpoints, and one object of about 70 bytes per unit.
+
+    Args:
+        storage: Where the store is.
+        position: As of the newest version.
+        every: Versions between two checkpoints at least.
 
     Raises:
         StorageError: the storage failed; nothing depends on it.
     """
     due = is_due(
         versions=position.state.version - position.checkpoint_version,
+        every=every,
         manifest_bytes=position.tail_bytes,
         checkpoint_bytes=position.checkpoint_bytes,
     )

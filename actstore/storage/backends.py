@@ -6,7 +6,8 @@ if it is absent, and how to ask whether a bucket exists. Everything else is in `
 Known of the clients (fsspec family, 2026): `open(path, "xb")` must not be used, for s3fs overwrites an existing object
 when the body is empty and leaves multipart uploads behind; `pipe_file(mode="create")` sends `If-None-Match: *` (S3),
 `ifGenerationMatch=0` (GCS) or `overwrite=False` (Azure). gcsfs and adlfs retry on their own and cannot be told not to;
-a repeated conditional create then says "exists", which every caller answers by reading back.
+a repeated conditional create then says "exists", which every caller answers by reading back. So does aiohttp, below all
+three, once, when a connection that it had used before is closed without an answer.
 """
 
 import copy

@@ -113,7 +113,8 @@ class ObjectStorage:
         """
         path = self._path(key)
         views, nbytes = as_views(key, data)
-        body = data[0] if len(data) == 1 and isinstance(data[0], bytes) else b"".join(views)
+        whole = views[0].obj if len(views) == 1 else None
+        body = whole if isinstance(whole, bytes) and len(whole) == nbytes else b"".join(views)
         unanswered = False
         for _ in self._retry.tries():
             try:

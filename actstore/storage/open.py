@@ -87,7 +87,7 @@ def _parse_rest(url: str, protocol: str, rest: str) -> Location:
         if place:
             _bad_url(url, "a file URL is file:///absolute/folder")
         return Location("file", "", _folder(f"/{path}", expand_user=False))
-    path = path.strip("/")
+    path = path.removesuffix("/")
     if protocol == "memory":
         if path:
             _bad_url(url, "a memory store is memory://name")

@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.console import Console
 
 from actstore._lazy import lazy_import
-
 from actstore.ingest.demo.tour import TourConfig, run_tour
 
 HELP = "train two tiny models, ingest both, ask everything"

@@ -33,13 +33,13 @@ FROM units GROUP BY ALL ORDER BY kind, id""",
 ROW_SQL = """
 WITH words AS (
   SELECT token_id FROM tokens
-  WHERE regexp_matches(token, '[a-z]{2}') GROUP BY token_id
+  WHERE regexp_matches(token, '^ ?[A-Za-z]{2,}$') GROUP BY token_id
   ORDER BY count(*) >= 20 DESC, length(trim(any_value(token))) DESC, token_id LIMIT 1)
 SELECT t.row FROM tokens t JOIN words USING (token_id)
 ORDER BY t.window_position >= 12 DESC, t.row LIMIT 1"""
 """A row of a long word that is common, with a dozen tokens before it: easy to judge by eye."""
 
-QUERY_TEXT = 'if not isinstance(value, str):\n    raise TypeError("expected'
+QUERY_TEXT = "if not isinstance(value, str):\n    raise"
 _NEAREST = 20
 _SHOWN = 4
 

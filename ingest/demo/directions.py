@@ -1,7 +1,8 @@
 """Which direction of a hook point tells two kinds of documents apart, and how well?
 
-The difference of the mean activations of the two kinds, from documents that the model was trained on; how often it is
-right is counted on documents that were held out.
+The difference of the mean activations of the two kinds, from documents that the model was trained on, without its part
+along the middle of the two means: so 0 lies between the kinds, and a positive projection reads "more like the first".
+How often that is right is counted on documents that were held out.
 Source: Marks and Tegmark (2023), "The Geometry of Truth", section 5 (mass-mean probing, without the covariance).
 """
 
@@ -26,9 +27,9 @@ class KindDirection:
     toward: str
     away: str
     vector: npt.NDArray[np.float64]
-    """Shape (d_model,), of length 1: mean of `toward` minus mean of `away`."""
+    """Shape (d_model,), of length 1; orthogonal to the middle of the kinds' means."""
     accuracy: float
-    """Share of held-out tokens that are on their own kind's side of the middle; both kinds weigh the same."""
+    """Share of held-out tokens whose projection has their own kind's sign; both kinds weigh the same."""
     n_held_out: int
     """Held-out tokens that were asked."""
 
@@ -49,13 +50,13 @@ def separate_kinds(scan: Scan, facts: TokenFacts, *, toward: str, away: str) -> 
                 f"kinds are {', '.join(facts.kinds)}",
             )
     means = _means(scan(), facts, [masks[toward, False], masks[away, False]])
-    vector = means[0] - means[1]
+    vector, middle = means[0] - means[1], (means[0] + means[1]) / 2
+    vector -= middle * (vector @ middle) / max(float(middle @ middle), np.finfo(np.float64).tiny)
     vector /= np.linalg.norm(vector)
-    middle = float(vector @ (means[0] + means[1]) / 2)
     right = [0, 0]
     for rows, acts_td in scan():
         at = facts.index(rows)
-        above = acts_td.astype(np.float64) @ vector > middle
+        above = acts_td.astype(np.float64) @ vector > 0
         right[0] += int((above & masks[toward, True][at]).sum())
         right[1] += int((~above & masks[away, True][at]).sum())
     asked = [int(masks[toward, True].sum()), int(masks[away, True].sum())]
@@ -65,7 +66,8 @@ def separate_kinds(scan: Scan, facts: TokenFacts, *, toward: str, away: str) -> 
 
 def _group(facts: TokenFacts, kind: str, held_out: bool) -> Bools:
     code = facts.kinds.index(kind) if kind in facts.kinds else -1
-    return facts.is_shown & (facts.kind_codes == code) & (facts.is_held_out == held_out)
+    mask: Bools = facts.is_shown & (facts.kind_codes == code) & (facts.is_held_out == held_out)
+    return mask
 
 
 def _means(

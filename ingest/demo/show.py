@@ -16,6 +16,8 @@ from rich.text import Text
 from actstore.result import Result
 from actstore.show import visible
 
+from .train import BOUNDARY
+
 _SHADES = ("", "black on #ffe0b0", "black on #ffc266", "black on #ff9f1a")
 """From inactive to as active as the token that was found; a quarter of the range each."""
 
@@ -52,11 +54,11 @@ def contexts(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def context_text(context: Mapping[str, Any]) -> Text:
-    """One context, each token shaded by its value as a share of the marked token's."""
+    """One context, each token shaded by its value as a share of the marked token's; beginnings of text are not shown."""
     top = context["values"][context["token_index"]]
     shown = Text()
     for i, (token, value) in enumerate(zip(context["tokens"], context["values"], strict=True)):
-        words = _BLANKS.sub(" ", visible(token))
+        words = _BLANKS.sub(" ", visible(token.replace(BOUNDARY, "")))
         if i == context["token_index"]:
             shown.append("«" + words + "»", style="bold " + _SHADES[-1])
         else:

@@ -6,7 +6,7 @@ finished is finished. The questions are asked through `actstore.Store` and `acts
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import actstore
 from actstore._lazy import lazy_import
 from actstore.errors import NotFoundError
 from actstore.ingest.config import IngestConfig
-from actstore.ingest.import_corpus import import_corpus
+from actstore.ingest.importing import import_corpus
 from actstore.ingest.job import run_ingest
 
 from . import show
@@ -43,7 +43,9 @@ HOOK_POINTS = ("layers.*.resid_post", "layers.*.mlp_act")
 class TourConfig:
     """How large the demo is."""
 
-    bounds: Bounds = Bounds()
+    bounds: Bounds = field(default_factory=Bounds)
+    modules: Collection[str] | None = None
+    """Modules of the standard library to read; None for all that the demo knows."""
     vocab_size: int = 2048
     """Tokens; more make the output layer, a quarter of the work already, the largest part of it."""
     models: dict[str, TrainConfig] = field(
@@ -64,7 +66,7 @@ def run_tour(store_path: Path, config: TourConfig, console: Console) -> dict[str
     summary: dict[str, Any] = {"store": str(store_path), "models": str(models_path)}
 
     show.heading(console, 1, "A corpus: text that ships with Python")
-    documents = read_documents(config.bounds)
+    documents = read_documents(config.bounds, config.modules)
     summary["corpus"] = _describe_corpus(console, documents, config.bounds)
 
     show.heading(console, 2, "Two tiny language models, trained here, that differ in their seed")

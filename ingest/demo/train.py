@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,8 @@ def train_model(
 ) -> tuple[Any, TrainReport]:
     """A trained `GPTNeoXForCausalLM` in float32 on the CPU, and what it reached.
 
-    `on_step(step, loss)` is called after every step. Uses two threads; the global random state and the number of
-    threads are as before afterwards.
+    `on_step(step, loss)` is called after every step. Uses at most two threads; the global random state and the number
+    of threads are as before afterwards.
 
     Raises:
         InvalidInputError: fewer tokens than one window.
@@ -206,7 +206,7 @@ def saved_report(folder: Path, *, config: TrainConfig, text_sha256: str) -> Trai
     about = json.loads(path.read_text())
     if about["config"] != asdict(config) or about["text_sha256"] != text_sha256:
         return None
-    return replace(TrainReport(**about["report"]))
+    return TrainReport(**about["report"])
 
 
 def _make_model(vocab_size: int, boundary_id: int, config: TrainConfig) -> Any:
@@ -266,11 +266,12 @@ def _held_out_loss(model: Any, held_out_t: Any, config: TrainConfig) -> float:
 
 
 @contextmanager
-def _threads(n: int) -> Iterator[None]:
+def _threads(at_most: int) -> Iterator[None]:
+    """More threads than this only wait for each other at this size."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(n)
+    torch.set_num_threads(min(at_most, before))
     try:
         yield
     finally:

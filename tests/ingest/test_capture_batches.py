@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.errors import InvalidInputError
@@ -13,6 +13,7 @@ from actstore.ingest.batches import plan_batches
 LENGTHS = st.lists(st.integers(1, 60), max_size=60)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 200), st.booleans())
 def test_plan(lengths, budget, equal):
     batches = plan_batches(lengths, budget, equal_lengths=equal)

@@ -1,5 +1,7 @@
 """The self-test passes good models and catches a model that ignores the mask and one whose layers do not add up."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_a_model_that_sees_padding_is_captured_without():
     out = {"layers.2.resid_post": np.zeros((len(ids), 32), np.float32)}
     stats = capturer.capture_unit(ids, starts, out, batch_tokens=4096, stored_dtype="float32")
     assert (stats.n_batches, stats.n_padded) == (3, len(ids))
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in itertools.pairwise(starts):
         with torch.no_grad():
             alone = loaded.model(
                 input_ids=torch.from_numpy(ids[a:b].astype(np.int64))[None]
@@ -61,7 +63,8 @@ def granite(tmp_path_factory):
     torch.manual_seed(0)
     config = GraniteConfig(
         vocab_size=512, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=64, residual_multiplier=0.25, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        intermediate_size=64, max_position_embeddings=64, residual_multiplier=0.25,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     AutoModel.from_config(config).save_pretrained(folder)
     return load_model(str(folder))

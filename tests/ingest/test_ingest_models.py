@@ -206,13 +206,24 @@ def test_fp16_overflow_is_named_and_nothing_is_stored(corpus_store, tmp_path):
 def test_nan_weights_are_refused_or_counted(corpus_store, tmp_path):
     folder = tmp_path / "sick"
     tiny_models.build("gpt2", folder)
+    (token_id,) = AutoTokenizer.from_pretrained(folder)("x")["input_ids"]
     model = AutoModel.from_pretrained(folder)
     with torch.no_grad():
-        model.wte.weight[5] = float("nan")
+        model.wte.weight[token_id, 3] = float("nan")
     model.save_pretrained(folder)
     settings = {"corpus": "texts", "model": str(folder), "hook_points": ["embed"], "ray_address": None}
-    with pytest.raises(InvalidInputError):
+    with pytest.raises(InvalidInputError) as caught:
         run_ingest(corpus_store, IngestConfig(**settings, run="sick"))
+    assert caught.value.kind is ErrorKind.NON_FINITE
+    report = run_ingest(corpus_store, IngestConfig(**settings, run="masked", nonfinite="mask"))
+    store = actstore.open(corpus_store)
+    sick = store.sql(
+        "SELECT row FROM tokens WHERE tokenization = ? AND token_id = ?", [store.run("masked").tokenization.id, token_id]
+    ).to_dicts()
+    assert report.nonfinite == len(sick) > 0
+    everything = store.run("masked").examples(actstore.neuron("embed", 3), k=1000, mask_special=False, mask_sinks=False, fold=None)
+    assert not {r["row"] for r in sick} & {r["row"] for r in everything.to_dicts()}
+    assert len(everything) == store.run("masked").n_rows - len(sick)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The questions answered the slow and plain way: one token after another, with Python's own exact sums."""
 
+import json
 import math
 
 import numpy as np
@@ -7,9 +8,21 @@ import numpy as np
 from tests.query.make_store import Made
 
 
+_KEYS: dict[int, dict[int, tuple[int, ...]]] = {}
+
+
 def context_key(made: Made, token) -> tuple[int, ...]:
-    window = [t for t in made.tokens if (t.doc_id, t.window) == (token.doc_id, token.window)]
-    return tuple(t.token_id for t in window if t.window_position <= token.window_position)[-8:]
+    """Token ids of the last eight tokens of the window, up to and including this one."""
+    if id(made) not in _KEYS:
+        windows: dict[tuple[int, int], list] = {}
+        for t in made.tokens:
+            windows.setdefault((t.doc_id, t.window), []).append(t)
+        _KEYS[id(made)] = {
+            t.row: tuple(o.token_id for o in window if o.window_position <= t.window_position)[-8:]
+            for window in windows.values()
+            for t in window
+        }
+    return _KEYS[id(made)][token.row]
 
 
 def eligible(
@@ -57,3 +70,8 @@ def top(made: Made, rows, score, k: int, fold: str | None = "context"):
 
 def dot(a, b) -> float:
     return math.fsum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+
+
+def same(a, b) -> bool:
+    """Whether two answers are equal, NaN and all."""
+    return json.dumps(a) == json.dumps(b)

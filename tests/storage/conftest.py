@@ -15,10 +15,17 @@ def s3_server() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture
-def s3_storage(s3_server: S3Server) -> Storage:
+@pytest.fixture(scope="session")
+def s3_connected(s3_server: S3Server) -> Storage:
     url = f"s3://{s3_server.make_bucket()}/team/test.store"
     return open_storage(url, storage_options=s3_server.storage_options)
+
+
+@pytest.fixture
+def s3_storage(s3_connected: Storage) -> Iterator[Storage]:
+    yield s3_connected
+    for key in s3_connected.list(""):
+        s3_connected.delete(key)
 
 
 @pytest.fixture

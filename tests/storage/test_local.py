@@ -47,36 +47,36 @@ WRITER = """
 storage = open_storage(sys.argv[1])
 for i in range(int(sys.argv[2]), 10**6):
     block = i.to_bytes(8, "big") * 131072
-    assert storage.put_new(f"big/{i:07}", [block] * 12).value == "created"
+    assert storage.put_new(f"big/{i:07}", [block] * 6).value == "created"
     print(i, flush=True)
 """
 
 
 def test_killed_writers_leave_whole_objects_only(tmp_path):
-    """15 SIGKILLs at random moments of 12 MiB puts: what was acknowledged is there, what is there is whole."""
+    """10 SIGKILLs at random moments of 6 MiB puts: what was acknowledged is there, what is there is whole."""
     seed = random.SystemRandom().randrange(2**32)
     print("seed", seed)
     rng = random.Random(seed)
     storage = open_storage(tmp_path, create=True)
     acknowledged: set[int] = set()
     first = 0
-    for _ in range(15):
+    for _ in range(10):
         with children.start(WRITER, str(tmp_path), str(first)) as writer:
             acknowledged.add(int(writer.stdout.readline()))
-            time.sleep(rng.uniform(0.0, 0.05))
+            time.sleep(rng.uniform(0.0, 0.03))
             writer.send_signal(signal.SIGKILL)
             acknowledged |= {int(line) for line in writer.stdout.read().split("\n") if line}
         keys = list(storage.list("big/"))
         for key in keys[-3:]:
             i = int(key.split("/")[1])
-            assert storage.get(key) == i.to_bytes(8, "big") * 131072 * 12
+            assert storage.get(key) == i.to_bytes(8, "big") * 131072 * 6
         assert {f"big/{i:07}" for i in acknowledged} <= set(keys)
         first = int(keys[-1].split("/")[1]) + 1
         for key in keys:
-            assert storage.head(key) == 12 << 20
+            assert storage.head(key) == 6 << 20
         left = os.listdir(tmp_path / ".tmp")
-        assert len(left) <= 15
-    assert len(keys) <= len(acknowledged) + 15
+        assert len(left) <= 10
+    assert len(keys) <= len(acknowledged) + 10
 
 
 def test_leftovers_of_crashes_are_cleared_when_old(tmp_path):
