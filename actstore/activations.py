@@ -38,7 +38,12 @@ class Activations:
     """
 
     def __init__(
-        self, storage: Storage, collection: Collection, hook_point: str, *, memory_bytes: int = DEFAULT_MEMORY_BYTES
+        self,
+        storage: Storage,
+        collection: Collection,
+        hook_point: str,
+        *,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
     ) -> None:
         """Read a hook point of a run.
 
@@ -133,7 +138,9 @@ class Activations:
         found = self._read(rows, self.dtype, None)
         return found[0] if _is_int(rows) else found
 
-    def read(self, rows: Rows, *, dtype: DtypeName = "float32", out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    def read(
+        self, rows: Rows, *, dtype: DtypeName = "float32", out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any]:
         """Return rows `(n, d_model)` as float32, or as they are stored (bfloat16 as its bits in uint16).
 
         Args:
@@ -245,7 +252,9 @@ class Activations:
                 f"{MAX_IMPLICIT_BYTES}: use activations[rows], .scan() or .read(slice(None))",
             )
         if copy is False:
-            raise InvalidInputError(ErrorKind.BAD_ARGUMENT, "stored rows cannot become an array without a copy")
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT, "stored rows cannot become an array without a copy"
+            )
         values = self[:]
         return values if dtype is None else values.astype(dtype, copy=False)
 
@@ -254,7 +263,9 @@ class Activations:
             return np.dtype(np.float32)
         if dtype == "stored":
             return stored_dtype(self._layout.spec.dtype)
-        raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"dtype {dtype!r} cannot be read: use 'float32' or 'stored'")
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"dtype {dtype!r} cannot be read: use 'float32' or 'stored'"
+        )
 
     def _check_columns(self, columns: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
         checked = _as_int64(columns, what="columns")
@@ -275,7 +286,9 @@ class Activations:
             self._reader.gather(wanted, answer)
         return answer
 
-    def _read_slice(self, rows: slice, dtype: np.dtype[Any], out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    def _read_slice(
+        self, rows: slice, dtype: np.dtype[Any], out: npt.NDArray[Any] | None
+    ) -> npt.NDArray[Any]:
         ranges = self.row_ranges
         start, stop, step = _slice_bounds(rows, end=ranges[-1][1] if ranges else 0)
         if step > 1:
@@ -315,7 +328,11 @@ def _as_int64(values: Any, *, what: str) -> npt.NDArray[np.int64]:
     array = np.asarray(values)
     if array.size == 0 and array.ndim == 1:
         return np.empty(0, np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or (array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max):
+    if (
+        array.ndim != 1
+        or array.dtype.kind not in "iu"
+        or (array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max)
+    ):
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
             f"{what} must be an int, a slice or a flat list of ints, not an array of shape {array.shape} and dtype "

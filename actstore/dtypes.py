@@ -15,7 +15,7 @@ from actstore.errors import ErrorKind, InvalidInputError
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 StoredArray: TypeAlias = npt.NDArray[Any]
 
-_STORED: Final = {
+_STORED: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -35,7 +35,9 @@ def stored_dtype(name: str) -> np.dtype[Any]:
     dtype('uint16')
     """
     if name not in _STORED:
-        raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"dtype {name!r} cannot be stored: use one of {STORED_DTYPES}")
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"dtype {name!r} cannot be stored: use one of {STORED_DTYPES}"
+        )
     return _STORED[name]
 
 

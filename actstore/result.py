@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 
 from actstore._lazy import missing
 from actstore.show import SHOWN_ROWS, html_table, terminal_table, visible
@@ -105,10 +106,11 @@ class Result:
             MissingDependencyError: pandas is not installed.
         """
         try:
-            import pandas as pd  # noqa: F401
+            import pandas as pd
         except ModuleNotFoundError as error:
             raise missing("pandas", needed_for="to_pandas()", extra="query") from error
-        return self.table.to_pandas()
+        frame: pd.DataFrame = self.table.to_pandas()
+        return frame
 
     def to_polars(self) -> "pl.DataFrame":
         """Return the rows as a polars data frame.
@@ -152,9 +154,9 @@ class Result:
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield terminal_table(
-            self.table, title=self._title(), caption=self._caption(), width=options.max_width
-        )
+        yield Text(visible(self._title()), style="bold")
+        yield terminal_table(self.table, width=options.max_width)
+        yield Text(visible(self._caption()), style="dim")
 
     def _repr_html_(self) -> str:
         return html_table(self.table, title=self._title(), caption=self._caption())
@@ -173,7 +175,7 @@ class Result:
         if meta.recall is not None:
             parts.append("exact" if meta.exact else f"approximate, recall {meta.recall:.3f}")
         parts.append(f"{meta.bytes_read / 1e6:.1f} MB read in {meta.elapsed_s:.2f} s")
-        parts += [f"warning: {visible(w)}" for w in meta.warnings]
+        parts += [f"warning: {w}" for w in meta.warnings]
         return "; ".join(parts)
 
 

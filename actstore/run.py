@@ -9,7 +9,7 @@ from actstore.errors import ErrorKind, NotFoundError
 from actstore.hook_points import canonical_hook_point
 from actstore.log.values import Collection
 from actstore.names import hook_point_folder
-from actstore.statistics import HookPointStats, empty_stats, merge_stats, stats_from_table
+from actstore.stats import HookPointStats, empty_stats, merge_stats, stats_from_table
 from actstore.tokenization import Tokenization
 
 if TYPE_CHECKING:

@@ -53,10 +53,9 @@ def is_context(type_: pa.DataType) -> bool:
     return pa.types.is_struct(type_) and {f.name for f in type_} >= _CONTEXT_FIELDS
 
 
-def terminal_table(table: pa.Table, *, title: str, caption: str, width: int) -> Table:
+def terminal_table(table: pa.Table, *, width: int) -> Table:
     """Return the first rows as a rich table for `width` columns; text of the corpus is never read as rich markup."""
-    shown = Table(title=Text(visible(title)), caption=Text(visible(caption)), title_justify="left")
-    shown.caption_justify = "left"
+    shown = Table()
     if table.num_columns * _LEAST_WIDTH > width:
         return _records(shown, table)
     for field in table.schema:

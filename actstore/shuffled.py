@@ -96,7 +96,8 @@ class Shuffled:
         Raises:
             InvalidInputError: an argument out of range.
         """
-        if min(batch_rows, buffer_bytes, num_workers, n_readers or 1) < 1 or not 0 <= worker_index < num_workers:
+        readers = reader.threads if n_readers is None else n_readers
+        if min(batch_rows, buffer_bytes, num_workers, readers) < 1 or not 0 <= worker_index < num_workers:
             raise InvalidInputError(
                 ErrorKind.BAD_ARGUMENT,
                 f"batch_rows={batch_rows}, buffer_bytes={buffer_bytes}, n_readers={n_readers} and num_workers={num_workers} "
@@ -106,7 +107,7 @@ class Shuffled:
             raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"seed {seed} must be from 0 to 2^63 - 1")
         self._reader = reader
         self._dtype = dtype
-        self._threads = n_readers or reader.threads
+        self._threads = readers
         self._worker = (worker_index, num_workers)
         self._drop_last = drop_last
         self._batch_rows = batch_rows
@@ -143,7 +144,12 @@ class Shuffled:
                 "open the same version and give the same arguments",
             )
         epoch, next_batch = state.get("epoch"), state.get("next_batch")
-        if type(epoch) is not int or type(next_batch) is not int or epoch < 0 or not 0 <= next_batch <= self.n_batches:
+        if (
+            type(epoch) is not int
+            or type(next_batch) is not int
+            or epoch < 0
+            or not 0 <= next_batch <= self.n_batches
+        ):
             raise InvalidInputError(
                 ErrorKind.BAD_ARGUMENT,
                 f"epoch {epoch!r} and next_batch {next_batch!r} are no position in epochs of {self.n_batches} batches",

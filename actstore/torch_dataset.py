@@ -53,7 +53,7 @@ def make_torch_dataset(
     options = {"batch_rows": batch_rows, "seed": seed, "buffer_bytes": buffer_bytes, "drop_last": drop_last}
     activations.shuffled(**options)  # type: ignore[arg-type]  # refuses bad options here, not in a worker
 
-    class ShuffledRows(IterableDataset[Any]):
+    class ShuffledRows(IterableDataset[Any]):  # type: ignore[misc]  # torch has no types here
         """Batches of shuffled rows; see `make_torch_dataset`."""
 
         def __init__(self) -> None:

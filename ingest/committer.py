@@ -16,7 +16,7 @@ from actstore.log import CommitLog
 from actstore.log.values import Action, Add, Collection, Fence, Seal, StoredObject
 from actstore.names import hook_point_folder
 from actstore.objects import ObjectReader
-from actstore.statistics import HookPointStats, merge_stats, stats_from_table, stats_to_table
+from actstore.stats import HookPointStats, merge_stats, stats_from_table, stats_to_table
 from actstore.storage import write_new
 
 from .unit import RunPlan, WrittenUnit, parquet_bytes

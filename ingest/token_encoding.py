@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from actstore.errors import ErrorKind, InvalidInputError
 
+from .token_alphabet import find_alphabet
 from .tokenizers import FastTokenizer
 
 Ints = npt.NDArray[np.int32]
@@ -59,6 +60,7 @@ class Encoder:
         """
         self._backend = tokenizer.backend()
         self._name = tokenizer.name
+        self._alphabet = find_alphabet(tokenizer)
         self._add_special = add_special_tokens
         self.template = self._find_template() if add_special_tokens else Template(0, 0)
 
@@ -68,6 +70,7 @@ class Encoder:
         Raises:
             InvalidInputError: the tokenizer cannot encode a text, or breaks its own rules on it.
         """
+        self._check_spelling(batch)
         try:
             encodings = self._backend.encode_batch(batch.texts, add_special_tokens=self._add_special)
         except Exception as error:  # tokenizers raises bare Exception
@@ -96,6 +99,19 @@ class Encoder:
         raise self._error(
             f"turns none of its first 100 tokens ({', '.join(list(vocabulary)[:3])}, ...) into a token"
         )
+
+    def _check_spelling(self, batch: TextBatch) -> None:
+        if self._alphabet is None:
+            return
+        normalizer = self._backend.normalizer
+        for i, text in enumerate(batch.texts):
+            gaps = self._alphabet.gaps(text if normalizer is None else normalizer.normalize_str(text))
+            if gaps:
+                raise self._error(
+                    f"has no symbol for {', '.join(gaps[:5])} in document {batch.first_doc + i} and no unknown token: it would "
+                    "drop them and then misplace the tokens behind them; train it with an unknown token or, if it is "
+                    "byte-level, with all 256 bytes (initial_alphabet)"
+                )
 
     def _check(self, batch: TextBatch, encoded: EncodedBatch, special: Ints) -> None:
         prefix, suffix = self.template.prefix, self.template.suffix

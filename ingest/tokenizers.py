@@ -26,7 +26,7 @@ _SANE_WINDOW = 1_000_000
 
 _PROBE = "Probe: naïve 🎉 text, 漢字."
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPACE_MARK = "▁"
+SPACE_MARK = "▁"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,17 +210,17 @@ def vocabulary_table(fast: FastTokenizer) -> pa.Table:
     of SentencePiece as a space; WordPiece tokens stay as they are.
     """
     parsed = json.loads(fast.tokenizer_json)
-    kinds = _component_types(parsed)
+    kinds = component_types(parsed)
     added = {int(t["id"]) for t in parsed.get("added_tokens", [])}
     entries = sorted((i, t) for t, i in fast.backend().get_vocab(with_added_tokens=True).items())
-    bytes_of = _byte_alphabet()
+    bytes_of = byte_alphabet()
     tokens = []
     for i, token in entries:
         if i in added:
             tokens.append(token)
         elif "ByteLevel" in kinds:
             tokens.append(_readable_bytes(token, bytes_of))
-        elif kinds & {"Metaspace", _SPACE_MARK}:
+        elif kinds & {"Metaspace", SPACE_MARK}:
             tokens.append(_readable_piece(token))
         else:
             tokens.append(token)
@@ -229,7 +229,7 @@ def vocabulary_table(fast: FastTokenizer) -> pa.Table:
     return pa.Table.from_arrays([ids, pa.array(tokens, pa.string())], schema=schema)
 
 
-def _component_types(parsed: Mapping[str, Any]) -> set[str]:
+def component_types(parsed: Mapping[str, Any]) -> set[str]:
     """Return the types of all parts around the model, and the space mark if one of them replaces it."""
     found: set[str] = set()
     stack = [parsed.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
@@ -240,8 +240,8 @@ def _component_types(parsed: Mapping[str, Any]) -> set[str]:
             stack.extend(part.values())
         elif isinstance(part, list):
             stack.extend(part)
-        elif part == _SPACE_MARK:
-            found.add(_SPACE_MARK)
+        elif part == SPACE_MARK:
+            found.add(SPACE_MARK)
     return found
 
 
@@ -255,17 +255,17 @@ def _readable_piece(token: str) -> str:
     byte = _BYTE_TOKEN.fullmatch(token)
     if byte and int(byte[1], 16) < 0x80:
         return chr(int(byte[1], 16))
-    return token.replace(_SPACE_MARK, " ")
+    return token.replace(SPACE_MARK, " ")
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Return the byte that each character of GPT-2's byte-level alphabet stands for.
 
     Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on, in order.
 
     Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), the released `encoder.py`.
 
-    >>> alphabet = _byte_alphabet()
+    >>> alphabet = byte_alphabet()
     >>> alphabet["a"], alphabet["Ġ"], len(alphabet)
     (97, 32, 256)
     """

@@ -26,7 +26,7 @@ from actstore.dtypes import stored_dtype, to_float32
 from actstore.errors import ConflictError, ErrorKind, FormatError, InvalidInputError
 from actstore.log.values import StoredObject
 from actstore.names import hook_point_folder
-from actstore.statistics import HookPointStats, block_stats, empty_stats, merge_stats, stats_to_table
+from actstore.stats import HookPointStats, block_stats, empty_stats, merge_stats, stats_to_table
 from actstore.storage import Storage, write_new
 from actstore.tokenization import Tokenization
 

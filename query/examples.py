@@ -82,7 +82,7 @@ def examples(
     """
     start = time.perf_counter()
     several = not isinstance(target, (Neuron, Direction, Latent))
-    targets = check_targets(run, list(target) if several else [target])  # type: ignore[arg-type,list-item]
+    targets = check_targets(run, list(target) if several else [target])  # type: ignore[arg-type]
     k = check_k(k)
     check_choice(sign, Sign, what="sign")
     check_context(before, after)

@@ -79,7 +79,8 @@ class _Products:
     def unit_products(self, acts_td: Float32s) -> Float64s:
         """Return inner products with the unit vectors, shape (t, q); not finite where float32 overflows."""
         with np.errstate(all="ignore"):
-            return (acts_td @ self.units_dq).astype(np.float64)
+            products_tq: Float64s = (acts_td @ self.units_dq).astype(np.float64)
+        return products_tq
 
     def slack(self, norms_t: Float64s) -> Float64s:
         """Return how far `unit_products` may be from the truth, shape (t, 1)."""

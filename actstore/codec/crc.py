@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 
-
 def crc32c(data: bytes | npt.NDArray[Any]) -> int:
     """Return the CRC-32C of bytes or of a contiguous array's memory (about 12 GB/s on one core).
 

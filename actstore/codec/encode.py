@@ -62,7 +62,8 @@ def encode_shard(spec: ShardSpec, rows: StoredArray, *, threads: int = 1) -> Enc
         )
     if rows.dtype != expected:
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"a shard of {spec.dtype} takes rows of dtype {expected}, not {rows.dtype}"
+            ErrorKind.BAD_ARGUMENT,
+            f"a shard of {spec.dtype} takes rows of dtype {expected}, not {rows.dtype}",
         )
     rows = np.ascontiguousarray(rows)
     sums = sums_of(spec, rows)
@@ -90,12 +91,14 @@ def _chunks(spec: ShardSpec, rows: StoredArray) -> list[npt.NDArray[np.uint8]]:
     return chunks
 
 
-def _hot(spec: ShardSpec, chunks: Sequence[npt.NDArray[np.uint8]], sums: Sums) -> tuple[list[Buffer], list[int]]:
+def _hot(
+    spec: ShardSpec, chunks: Sequence[npt.NDArray[np.uint8]], sums: Sums
+) -> tuple[list[Buffer], list[int]]:
     checksums = chunk_sums(spec, sums).tolist()
     checksums += [crc32c(chunk) for chunk in chunks[len(checksums) :]]
     buffers: list[Buffer] = []
     for chunk, checksum in zip(chunks, checksums, strict=True):
-        buffers += [memoryview(chunk), checksum.to_bytes(4, "little")]
+        buffers += [chunk.data, checksum.to_bytes(4, "little")]
     return buffers, [spec.chunk_bytes + 4] * len(chunks)
 
 

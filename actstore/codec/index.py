@@ -67,21 +67,25 @@ def parse_index(
     else:
         impossible = (lengths < _FRAME_OVERHEAD) | (lengths > spec.chunk_bytes + _FRAME_OVERHEAD)
     if np.any(impossible):
-        raise damaged(key, f"its index gives chunks a length that {spec.chunk_bytes} bytes of rows cannot have")
+        raise damaged(
+            key, f"its index gives chunks a length that {spec.chunk_bytes} bytes of rows cannot have"
+        )
     return index.astype(np.int64)
 
 
 def damaged(key: str, found: str) -> FormatError:
     """Return the error for a shard whose bytes are not what was written."""
     return FormatError(
-        ErrorKind.OBJECT_DAMAGED, f"object {key!r} is damaged: {found}; restore it or write its unit again (see fsck)"
+        ErrorKind.OBJECT_DAMAGED,
+        f"object {key!r} is damaged: {found}; restore it or write its unit again (see fsck)",
     )
 
 
 def missing(key: str) -> FormatError:
     """Return the error for an object that the manifest promises and the storage does not have."""
     return FormatError(
-        ErrorKind.OBJECT_MISSING, f"object {key!r} is in the manifest and not in the storage: restore it (see fsck)"
+        ErrorKind.OBJECT_MISSING,
+        f"object {key!r} is in the manifest and not in the storage: restore it (see fsck)",
     )
 
 

@@ -127,9 +127,13 @@ def parse_layout(collection: Collection, hook_point: str) -> RowLayout:
     except (KeyError, TypeError, ValueError, InvalidInputError) as error:
         if isinstance(error, NotFoundError):
             raise
-        raise _broken(collection, f"its configuration does not describe hook point {hook_point!r} ({error!r})") from error
+        raise _broken(
+            collection, f"its configuration does not describe hook point {hook_point!r} ({error!r})"
+        ) from error
     if rows_per_unit < 1 or rows_per_unit % spec.rows_per_shard:
-        raise _broken(collection, f"units of {rows_per_unit} rows are no whole shards of {spec.rows_per_shard} rows")
+        raise _broken(
+            collection, f"units of {rows_per_unit} rows are no whole shards of {spec.rows_per_shard} rows"
+        )
     units = [
         _unit_rows(collection, hook_point, spec, rows_per_unit, collection.units[number])
         for number in sorted(collection.units)
@@ -159,7 +163,9 @@ def _unit_rows(
     collection: Collection, hook_point: str, spec: ShardSpec, rows_per_unit: int, unit: Unit
 ) -> UnitRows:
     if not 0 <= unit.rows <= rows_per_unit:
-        raise _broken(collection, f"unit {unit.unit} has {unit.rows} rows, and units have at most {rows_per_unit}")
+        raise _broken(
+            collection, f"unit {unit.unit} has {unit.rows} rows, and units have at most {rows_per_unit}"
+        )
     objects = {stored.key: stored for stored in unit.objects}
     first = unit.unit * (rows_per_unit // spec.rows_per_shard)
     shards = []
@@ -168,8 +174,12 @@ def _unit_rows(
         stored = objects.get(key)
         if stored is None or stored.nbytes < spec.index_bytes:
             raise _broken(collection, f"unit {unit.unit} does not list a shard {key!r} of a possible length")
-        shards.append(ShardRef(key, stored.nbytes, stored.sha256, min(spec.rows_per_shard, unit.rows - start)))
-    return UnitRows(unit.unit, unit.rows, tuple(shards), _sums_ref(collection, hook_point, spec, unit, objects))
+        shards.append(
+            ShardRef(key, stored.nbytes, stored.sha256, min(spec.rows_per_shard, unit.rows - start))
+        )
+    return UnitRows(
+        unit.unit, unit.rows, tuple(shards), _sums_ref(collection, hook_point, spec, unit, objects)
+    )
 
 
 def _sums_ref(
@@ -198,4 +208,8 @@ def _ranges_text(ranges: Sequence[tuple[int, int]]) -> str:
     if not ranges:
         return "none yet"
     shown = ", ".join(f"[{start}, {stop})" for start, stop in ranges[:4])
-    return shown if len(ranges) <= 4 else f"{shown}, ... {len(ranges) - 5} more ..., [{ranges[-1][0]}, {ranges[-1][1]})"
+    return (
+        shown
+        if len(ranges) <= 4
+        else f"{shown}, ... {len(ranges) - 5} more ..., [{ranges[-1][0]}, {ranges[-1][1]})"
+    )

@@ -56,7 +56,15 @@ def parse_zarr_json(data: bytes) -> tuple[ShardSpec, int]:
         document = json.loads(data)
         spec, n_shards = _spec_of(document)
         same = document["codecs"] == [_sharding(spec)] and _grid_is_plain(document)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, ActstoreError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        ActstoreError,
+    ) as error:
         raise FormatError(
             ErrorKind.OBJECT_DAMAGED, f"zarr.json is not array metadata that actstore reads ({error!r})"
         ) from error
@@ -117,7 +125,8 @@ def _grid_is_plain(document: dict[str, Any]) -> bool:
         document["zarr_format"] == 3
         and document["node_type"] == "array"
         and document["chunk_grid"]["name"] == "regular"
-        and document["chunk_key_encoding"] in (
+        and document["chunk_key_encoding"]
+        in (
             {"name": "default", "configuration": {"separator": "/"}},
             {"name": "default"},
         )

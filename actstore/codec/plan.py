@@ -4,6 +4,7 @@
 runs of rows fetched by chunks. Neither ever crosses a chunk without its checksum being accounted for.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def plan_shards(layout: RowLayout, rows: Int64s) -> list[ShardRows]:
     by_number = {unit.unit: unit for unit in layout.units}
     cuts = [0, *(np.flatnonzero(np.diff(shard_ids)) + 1).tolist(), len(ordered)]
     plans = []
-    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+    for low, high in itertools.pairwise(cuts):
         unit, number = divmod(int(shard_ids[low]), per_unit)
         in_shard = ordered[low:high] - shard_ids[low] * layout.spec.rows_per_shard
         plans.append(ShardRows(by_number[unit], number, in_shard, order[low:high]))

@@ -167,7 +167,9 @@ class RowReader:
             self._read_exactly(span[0].shard.key, base, buffer[: int(index[span[-1].chunk].sum()) - base])
             for piece in span:
                 offset, length = index[piece.chunk].tolist()
-                rows = self._decoder.decode(buffer[offset - base : offset - base + length], key=piece.shard.key)
+                rows = self._decoder.decode(
+                    buffer[offset - base : offset - base + length], key=piece.shard.key
+                )
                 self._verify(piece, 0, self._stored_part(piece, rows), sums)
                 self._emit(piece, 0, rows, out, columns)
         finally:
@@ -197,7 +199,9 @@ class RowReader:
         row_bytes = self.layout.spec.row_bytes
         part = rows[(piece.start - first) * row_bytes : (piece.stop - first) * row_bytes]
         values = part.view(self._stored).reshape(piece.stop - piece.start, -1)
-        self._convert(values if columns is None else values[:, columns], out[piece.target : piece.target + len(values)])
+        self._convert(
+            values if columns is None else values[:, columns], out[piece.target : piece.target + len(values)]
+        )
 
     def _convert(self, stored: StoredArray, out: StoredArray) -> None:
         if out.dtype == self._stored:
@@ -240,8 +244,14 @@ class RowReader:
             offset += length
             piece = Piece(wanted.unit, wanted.number, chunk, 0, spec.rows_per_chunk, 0)
             self._verify(piece, 0, self._stored_part(piece, rows), sums)
-            here = slice(*np.searchsorted(wanted.rows, [chunk * spec.rows_per_chunk, (chunk + 1) * spec.rows_per_chunk]))
-            values = rows.view(self._stored).reshape(-1, spec.d_model)[wanted.rows[here] - chunk * spec.rows_per_chunk]
+            here = slice(
+                *np.searchsorted(
+                    wanted.rows, [chunk * spec.rows_per_chunk, (chunk + 1) * spec.rows_per_chunk]
+                )
+            )
+            values = rows.view(self._stored).reshape(-1, spec.d_model)[
+                wanted.rows[here] - chunk * spec.rows_per_chunk
+            ]
             out[wanted.targets[here]] = self._answer(values, out)
 
     def _scatter(self, fetch: Fetch, read: StoredArray, out: StoredArray) -> None:
@@ -261,7 +271,7 @@ class RowReader:
         return data
 
     def _read_exactly(self, key: str, start: int, out: npt.NDArray[np.uint8]) -> None:
-        count = self._storage.read_into(key, start, memoryview(out))
+        count = self._storage.read_into(key, start, out.data)
         if count is None:
             raise missing(key)
         if count != len(out):

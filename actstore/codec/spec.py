@@ -60,7 +60,9 @@ class ShardSpec:
     def __post_init__(self) -> None:
         stored_dtype(self.dtype)
         if self.codec not in CODECS:
-            raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"codec {self.codec!r} is unknown: use one of {tuple(CODECS)}")
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT, f"codec {self.codec!r} is unknown: use one of {tuple(CODECS)}"
+            )
         sizes = (self.rows_per_shard, self.rows_per_chunk, self.d_model)
         if min(sizes) < 1 or self.rows_per_shard % self.rows_per_chunk:
             raise InvalidInputError(
@@ -122,7 +124,8 @@ def plan_spec(*, rows_per_unit: int, d_model: int, dtype: str, codec: str) -> Sh
     """
     if rows_per_unit < 1 or d_model < 1:
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"{rows_per_unit} rows of {d_model} numbers cannot be stored: both must be positive"
+            ErrorKind.BAD_ARGUMENT,
+            f"{rows_per_unit} rows of {d_model} numbers cannot be stored: both must be positive",
         )
     row_bytes = d_model * stored_dtype(dtype).itemsize
     rows_per_shard = _halve(rows_per_unit, row_bytes, MAX_SHARD_BYTES)

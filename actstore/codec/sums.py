@@ -56,7 +56,9 @@ def chunk_sums(spec: ShardSpec, sums: Sums) -> Sums:
     """Return the CRC-32C of every whole chunk that `sums`, which start at a chunk, cover."""
     per_chunk = spec.rows_per_chunk // spec.rows_per_sum
     n_chunks = len(sums) // per_chunk
-    return crc32c_joined(sums[: n_chunks * per_chunk].reshape(n_chunks, per_chunk), spec.rows_per_sum * spec.row_bytes)
+    return crc32c_joined(
+        sums[: n_chunks * per_chunk].reshape(n_chunks, per_chunk), spec.rows_per_sum * spec.row_bytes
+    )
 
 
 def pack_sums(key: str, sums: Mapping[str, Sums]) -> tuple[bytes, dict[str, Any]]:

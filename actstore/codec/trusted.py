@@ -42,7 +42,9 @@ class UnitSums:
     chunks: Sums
     """`[whole chunks]`: CRC-32C of their rows."""
 
-    def match(self, spec: ShardSpec, rows: npt.NDArray[np.uint8], first_group: int | npt.NDArray[np.int64]) -> bool:
+    def match(
+        self, spec: ShardSpec, rows: npt.NDArray[np.uint8], first_group: int | npt.NDArray[np.int64]
+    ) -> bool:
         """Return whether rows are the ones that were written.
 
         Args:
@@ -115,9 +117,12 @@ class Trusted:
                 raise missing(shard.key)
             if len(data) != shard.nbytes or hashlib.sha256(data).hexdigest() != shard.sha256:
                 raise damaged(
-                    shard.key, f"its {len(data)} bytes do not match the manifest's {shard.nbytes} bytes and SHA-256"
+                    shard.key,
+                    f"its {len(data)} bytes do not match the manifest's {shard.nbytes} bytes and SHA-256",
                 )
-            parts.append(sums_of(self._spec, decode_shard(self._spec, data, n_rows=shard.n_rows, key=shard.key)))
+            parts.append(
+                sums_of(self._spec, decode_shard(self._spec, data, n_rows=shard.n_rows, key=shard.key))
+            )
         return np.concatenate(parts)
 
 

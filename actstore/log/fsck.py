@@ -248,9 +248,9 @@ def _check_derived(storage: Storage, chain: _Chain, *, deep: bool, found: _Findi
     if hint is not None and hint.version > version and found.n_problems == 0:
         found.problem(
             ErrorKind.HISTORY_TRUNCATED,
-            manifest_key(hint.version),
-            f"the history ends at version {version}, and the hint says that version {hint.version} was committed: "
-            f"restore the missing manifests from a backup (if the hint is wrong, remove {HINT_KEY})",
+            manifest_key(version + 1),
+            f"{manifest_key(version + 1)} is missing: the hint says that version {hint.version} was committed; restore the "
+            f"missing manifests from a backup (if the hint is wrong, remove {HINT_KEY})",
         )
     if hint is not None and hint.version in chain.marks and chain.marks[hint.version][0] != hint.sha256:
         found.problem(

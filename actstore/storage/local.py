@@ -74,6 +74,7 @@ class LocalStorage:
         """
         path = self._path(key)
         views, nbytes = as_views(key, data)
+        self._check_root(f"writing object {key!r} ({nbytes} bytes)")
         try:
             self._make_folder(os.path.dirname(path))
             if os.path.lexists(path):
@@ -164,6 +165,7 @@ class LocalStorage:
         """Write `key`, replacing it whole. Not durable, not exclusive."""
         path = self._path(key)
         views, nbytes = as_views(key, [data])
+        self._check_root(f"writing object {key!r} ({nbytes} bytes)")
         try:
             self._make_folder(os.path.dirname(path))
             tmp = self._write_tmp(views, sync=False)

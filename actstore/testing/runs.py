@@ -8,34 +8,37 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from actstore.codec.encode import encode_shard
 from actstore.codec.layout import shard_key, sums_key
 from actstore.codec.spec import ShardSpec
 from actstore.codec.sums import pack_sums
-from actstore.dtypes import stored_dtype
+from actstore.dtypes import StoredArray, stored_dtype
 from actstore.log.values import Collection, StoredObject, Unit
 from actstore.storage.base import Buffer, PutOutcome, Storage
 
 ATTEMPT = "a" * 32
 
 
-def addressed_rows(rows: np.ndarray, d_model: int, dtype: str, *, salt: int = 0) -> np.ndarray:
-    """Return stored numbers `[len(rows), d_model]` whose bits are a hash of row, column and salt, all of them finite."""
+def addressed_rows(
+    rows: npt.NDArray[np.integer[Any]], d_model: int, dtype: str, *, salt: int = 0
+) -> StoredArray:
+    """Return stored numbers `[len(rows), d_model]` whose bits are a hash of row, column and salt, all of them finite.
+
+    >>> addressed_rows(np.arange(2), 2, "bfloat16").dtype
+    dtype('uint16')
+    """
     kind = stored_dtype(dtype)
-    cells = (
-        rows.astype(np.uint64)[:, None] * np.uint64(1_000_003)
-        + np.arange(d_model, dtype=np.uint64)
-        + np.uint64(salt << 48)
-    )
-    cells ^= cells >> np.uint64(7)
+    cells: npt.NDArray[np.uint64] = rows.astype(np.uint64)[:, None] * np.uint64(1_000_003)
+    cells += np.arange(d_model, dtype=np.uint64) + np.uint64(salt << 48)
+    cells ^= np.right_shift(cells, 7)
     cells *= np.uint64(0x9E3779B97F4A7C15)
-    bits = (cells >> np.uint64(24)).astype(np.uint32 if kind.itemsize == 4 else np.uint16)
-    if dtype == "float32":
-        return (bits & np.uint32(0xBFFFFFFF)).view(np.float32)
-    if dtype == "float16":
-        return (bits & np.uint16(0xBFFF)).view(np.float16)
-    return bits & np.uint16(0xBFFF)
+    finite = (
+        0xBFFFFFFF if kind.itemsize == 4 else 0xBFFF
+    )  # without the exponent's highest bit nothing is infinite or NaN
+    bits: StoredArray = np.right_shift(cells, 24).astype(f"<u{kind.itemsize}") & finite
+    return bits.view(kind)
 
 
 def make_run(

@@ -105,7 +105,7 @@ def read_documents(bounds: Bounds, modules: Collection[str] | None = None) -> li
         with tokenize.open(path) as file:
             found += parse_module(module, file.read(), bounds)
     chosen = take(found, max_chars_per_kind=bounds.trained_per_kind)
-    if {document.kind for document in chosen} < {"docstring", "source"}:
+    if not {"docstring", "source"} <= {document.kind for document in chosen}:
         raise NotFoundError(
             ErrorKind.SOURCE_NOT_FOUND,
             f"the demo reads text from Python's standard library in {str(root)!r}, and found none in .py files there; "

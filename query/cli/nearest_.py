@@ -12,9 +12,11 @@ HELP = "find the stored contexts nearest to a row, text or vector"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", help="folder or URL of the store")
-    parser.add_argument("name", metavar="run", help="name of the run")
-    parser.add_argument("hook_point", help="where to compare, for instance layers.3.resid_post")
+    parser.add_argument("store", metavar="STORE", help="folder or URL of the store")
+    parser.add_argument("run_name", metavar="RUN", help="name of the run")
+    parser.add_argument(
+        "hook_point", metavar="HOOK_POINT", help="where to compare, for instance layers.3.resid_post"
+    )
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--row", type=int, help="a stored token row")
     query.add_argument("--text", help="a text: its last token, through the run's model")
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     query: Any = args.row if args.row is not None else args.text
     if args.vector is not None:
         query = load_vectors(args.vector)
-    found = open_store(args.store, version=args.at).run(args.name)
+    found = open_store(args.store, version=args.at).run(args.run_name)
     result = found.nearest(
         args.hook_point,
         query,

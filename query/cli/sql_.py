@@ -12,8 +12,8 @@ HELP = "run one SELECT over the store's views"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "SHOW TABLES lists the views, SELECT * FROM view_columns says what their columns mean."
-    parser.add_argument("store", help="folder or URL of the store")
-    parser.add_argument("query", help="one SELECT, DESCRIBE, SUMMARIZE or SHOW TABLES")
+    parser.add_argument("store", metavar="STORE", help="folder or URL of the store")
+    parser.add_argument("query", metavar="QUERY", help="one SELECT, DESCRIBE, SUMMARIZE or SHOW TABLES")
     parser.add_argument(
         "-p", "--param", action="append", default=[], help="value for the next ? of the query; repeatable"
     )

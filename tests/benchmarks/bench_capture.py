@@ -26,7 +26,7 @@ CASES: tuple[tuple[str, dict[str, int], list[str], int, int, str], ...] = (
         {"n_layers": 4, "d_model": 256},
         ["layers.2.resid_post"],
         3,
-        40_000,
+        8_000,
         "float32",
     ),
     (
@@ -34,16 +34,16 @@ CASES: tuple[tuple[str, dict[str, int], list[str], int, int, str], ...] = (
         {"n_layers": 4, "d_model": 256},
         ["layers.2.resid_post"],
         3,
-        40_000,
+        8_000,
         "bfloat16",
     ),
-    ("capture, 4 layers x 256, all 21", {"n_layers": 4, "d_model": 256}, ["*"], 4, 40_000, "bfloat16"),
+    ("capture, 4 layers x 256, all 21", {"n_layers": 4, "d_model": 256}, ["*"], 4, 8_000, "bfloat16"),
     (
         "capture, 12 layers x 768, layer 8",
         {"n_layers": 12, "d_model": 768},
         ["layers.8.resid_post"],
         9,
-        3_000,
+        2_000,
         "float16",
     ),
 )

@@ -5,6 +5,7 @@ More than 1 is faster than the other side.
 """
 
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -50,7 +51,9 @@ def bench_storage(*, rounds: int = 7) -> list[BenchRow]:
     """Return all lines. Takes about a minute and 1 GB of disk."""
     spec = plan_spec(rows_per_unit=ROWS_PER_UNIT, d_model=D_MODEL, dtype="bfloat16", codec="hot")
     rng = np.random.default_rng(0)
-    units = [rng.integers(0, 2**16, (ROWS_PER_UNIT, D_MODEL), dtype=np.uint16) & 0xBFFF for _ in range(N_SHARDS)]
+    units = [
+        rng.integers(0, 2**16, (ROWS_PER_UNIT, D_MODEL), dtype=np.uint16) & 0xBFFF for _ in range(N_SHARDS)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         lines = [bench_write(Path(folder), spec, units, rounds=rounds)]
         activations = make_activations(Path(folder), spec, units)
@@ -62,19 +65,24 @@ def bench_storage(*, rounds: int = 7) -> list[BenchRow]:
 def bench_write(folder: Path, spec: ShardSpec, units: list[np.ndarray], *, rounds: int) -> BenchRow:
     """Encode, hash and durably write shards with two threads, against writing and syncing the same bytes."""
 
-    def ours(number: int) -> None:
-        write_units(LocalStorage(folder / f"ours{number}"), spec, units)
+    def ours(_: int) -> None:
+        write_units(LocalStorage(folder / "ours"), spec, units)
 
-    def raw(number: int) -> None:
-        (folder / f"raw{number}").mkdir()
+    def raw(_: int) -> None:
+        (folder / "raw").mkdir()
         for unit, rows in enumerate(units):
-            with open(folder / f"raw{number}" / str(unit), "wb", buffering=0) as file:
+            with open(folder / "raw" / str(unit), "wb", buffering=0) as file:
                 file.write(rows)
                 os.fsync(file.fileno())
 
     nbytes = sum(rows.nbytes for rows in units)
-    times = interleaved([ours, raw], rounds=rounds, after=lambda number: remove(folder, f"ours{number}", f"raw{number}"))
-    return compare(f"write {N_SHARDS} shards, checksums, SHA-256 and fsync", times, nbytes, "against write + fsync per file")
+    times = interleaved([ours, raw], rounds=rounds, before=lambda side: remove(folder, ["ours", "raw"][side]))
+    return compare(
+        f"write {N_SHARDS} shards, checksums, SHA-256 and fsync",
+        times,
+        nbytes,
+        "against write + fsync per file",
+    )
 
 
 def bench_scan(folder: Path, activations: Activations, *, rounds: int) -> list[BenchRow]:
@@ -103,14 +111,36 @@ def bench_scan(folder: Path, activations: Activations, *, rounds: int) -> list[B
     nbytes = sum(path.stat().st_size for path in paths)
     times = interleaved([stored, widened, reused, fresh], rounds=rounds)
     return [
-        compare("verified scan, as stored", [times[0], times[2]], nbytes, "against readinto one 4 MiB buffer, warm cache"),
-        compare("verified scan, as stored", [times[0], times[3]], nbytes, "against read() of whole files, warm cache"),
-        compare("verified scan, widened to float32", [times[1], times[2]], nbytes, "against readinto one 4 MiB buffer, warm cache"),
-        compare("verified scan, widened to float32", [times[1], times[3]], nbytes, "against read() of whole files, warm cache"),
+        compare(
+            "verified scan, as stored",
+            [times[0], times[2]],
+            nbytes,
+            "against readinto one 4 MiB buffer, warm cache",
+        ),
+        compare(
+            "verified scan, as stored",
+            [times[0], times[3]],
+            nbytes,
+            "against read() of whole files, warm cache",
+        ),
+        compare(
+            "verified scan, widened to float32",
+            [times[1], times[2]],
+            nbytes,
+            "against readinto one 4 MiB buffer, warm cache",
+        ),
+        compare(
+            "verified scan, widened to float32",
+            [times[1], times[3]],
+            nbytes,
+            "against read() of whole files, warm cache",
+        ),
     ]
 
 
-def bench_scattered(folder: Path, activations: Activations, spec: ShardSpec, *, rounds: int) -> list[BenchRow]:
+def bench_scattered(
+    folder: Path, activations: Activations, spec: ShardSpec, *, rounds: int
+) -> list[BenchRow]:
     """Read 2,000 random rows, against zarr-python on the same files; page cache warm."""
     run = folder / "store" / "runs" / "bench" / HOOK_POINT
     (run / "zarr.json").write_bytes(zarr_json(spec, n_shards=N_SHARDS, attributes={}))
@@ -132,8 +162,18 @@ def bench_scattered(folder: Path, activations: Activations, spec: ShardSpec, *, 
     times = interleaved([again, opened, theirs], rounds=rounds)
     nbytes = len(rows) * spec.row_bytes
     return [
-        compare("2,000 scattered rows, verified", [times[0], times[2]], nbytes, "against zarr-python oindex, warm cache"),
-        compare("2,000 scattered rows, just opened", [times[1], times[2]], nbytes, "sums and indexes read anew each time"),
+        compare(
+            "2,000 scattered rows, verified",
+            [times[0], times[2]],
+            nbytes,
+            "against zarr-python oindex, warm cache",
+        ),
+        compare(
+            "2,000 scattered rows, just opened",
+            [times[1], times[2]],
+            nbytes,
+            "sums and indexes read anew each time",
+        ),
     ]
 
 
@@ -150,7 +190,14 @@ def make_activations(folder: Path, spec: ShardSpec, units: list[np.ndarray]) -> 
         "rows_per_chunk": {HOOK_POINT: spec.rows_per_chunk},
     }
     collection = Collection(
-        "run", "bench", config, "f" * 64, {}, 1, units={unit.unit: unit for unit in written}, rows=len(units) * ROWS_PER_UNIT
+        "run",
+        "bench",
+        config,
+        "f" * 64,
+        {},
+        1,
+        units={unit.unit: unit for unit in written},
+        rows=len(units) * ROWS_PER_UNIT,
     )
     return Activations(storage, collection, HOOK_POINT)
 
@@ -172,18 +219,22 @@ def write_units(storage: LocalStorage, spec: ShardSpec, units: list[np.ndarray])
 
 
 def interleaved(
-    sides: list[Callable[[int], None]], *, rounds: int, after: Callable[[int], None] | None = None
+    sides: list[Callable[[int], None]], *, rounds: int, before: Callable[[int], None] | None = None
 ) -> list[list[float]]:
-    """Return seconds `[side][round]`, every side once per round in turning order, after one round to warm up."""
+    """Return seconds `[side][round]`, every side once per round in turning order, after one round to warm up.
+
+    `before` runs untimed before each side. It removes what the side wrote in the last round: the system then has as many
+    pages and blocks at hand for either side, which on a virtual machine changes a write's time five-fold.
+    """
     times: list[list[float]] = [[] for _ in sides]
     for number in range(rounds + 1):
         for side in sorted(range(len(sides)), key=lambda side: (side + number) % len(sides)):
+            if before:
+                before(side)
             begin = time.perf_counter()
             sides[side](number)
             if number:
                 times[side].append(time.perf_counter() - begin)
-        if after:
-            after(number)
     return times
 
 
@@ -200,12 +251,10 @@ def touch(values: np.ndarray) -> None:
     values[0, 0].item()
 
 
-def remove(folder: Path, *names: str) -> None:
-    """Delete folders with files in them, outside of the timed part."""
-    for name in names:
-        for path in sorted((folder / name).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        (folder / name).rmdir()
+def remove(folder: Path, name: str) -> None:
+    """Delete a folder if it is there, outside of the timed part."""
+    if (folder / name).exists():
+        shutil.rmtree(folder / name)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,10 @@ def test_round_trip_of_any_bits(codec_dtype, n_chunks, rows_per_chunk, d_model, 
 def test_hot_rows_are_not_copied():
     spec = ShardSpec(64, 16, 24, "float16", "hot")
     rows = addressed_rows(np.arange(64), 24, "float16")
-    shared = [np.shares_memory(np.frombuffer(buffer, np.uint8), rows) for buffer in encode_shard(spec, rows).buffers[::2]]
+    shared = [
+        np.shares_memory(np.frombuffer(buffer, np.uint8), rows)
+        for buffer in encode_shard(spec, rows).buffers[::2]
+    ]
     assert shared == [True] * 4 + [False]
 
 

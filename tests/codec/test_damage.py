@@ -1,5 +1,6 @@
 """Whatever happens to stored bytes, a reader gives the rows that were written or a named error, never other numbers."""
 
+import contextlib
 import hashlib
 import itertools
 import tracemalloc
@@ -34,8 +35,11 @@ def make(storage, codec, with_sums=True):
     return make_run(storage, spec=spec_of(codec), rows_per_unit=16, unit_rows=UNIT_ROWS, with_sums=with_sums)
 
 
-def read_all_ways(acts):
-    """Try every way of reading; return the errors. Any wrong number fails here."""
+N_WAYS = 5
+
+
+def read_all_ways(acts, *, only=None):
+    """Try every way of reading, or the one that `only` falls on; return the errors. Any wrong number fails here."""
     ways = {
         "slice": lambda: [(EXISTING, acts.read(slice(None), dtype="stored"))],
         "rows": lambda: [(EXISTING[::-1], acts.read(EXISTING[::-1], dtype="stored"))],
@@ -44,7 +48,8 @@ def read_all_ways(acts):
         "shuffled": lambda: list(acts.shuffled(5, buffer_bytes=60, dtype="stored")),
     }
     errors = []
-    for way, read in ways.items():
+    chosen = list(ways.items()) if only is None else [list(ways.items())[only % N_WAYS]]
+    for way, read in chosen:
         try:
             batches = read()
         except FormatError as error:
@@ -76,14 +81,15 @@ def test_every_single_bit_flip_of_a_shard(memory, codec, with_sums):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         storage.put_hint(key, bytes(bad))
-        errors = read_all_ways(Activations(storage, run, HOOK))
+        # The ways take turns: 5 and 8 have no common divisor, so every way meets every bit of a byte.
+        errors = read_all_ways(Activations(storage, run, HOOK), only=bit)
         assert {error.kind for error in errors} <= {ErrorKind.OBJECT_DAMAGED}
         region = "index" if bit // 8 >= len(good) - spec.index_bytes else "chunks"
         checksum_of_hot = codec == "hot" and bit // 8 % 28 >= 24
         if not with_sums or region == "index" or not checksum_of_hot:
-            assert len(errors) == 5, (bit, region)
+            assert len(errors) == 1, (bit, region)
             check_damaged(errors, key)
-        assert {error.kind for error in read_all_ways(warm)} <= {ErrorKind.OBJECT_DAMAGED}
+        assert {error.kind for error in read_all_ways(warm, only=bit + 1)} <= {ErrorKind.OBJECT_DAMAGED}
     storage.put_hint(key, good)
     assert read_all_ways(warm) == []
 
@@ -98,8 +104,8 @@ def test_every_single_bit_flip_of_the_sums(memory, codec):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         storage.put_hint(key, bytes(bad))
-        errors = read_all_ways(Activations(storage, run, HOOK))
-        assert len(errors) == 5
+        errors = read_all_ways(Activations(storage, run, HOOK), only=bit)
+        assert len(errors) == 1
         check_damaged(errors, key)
 
 
@@ -111,11 +117,13 @@ def test_every_truncation_and_an_extension(memory, codec, with_sums):
         good = storage.get(key)
         for length in range(1, len(good)):
             storage.put_hint(key, good[:length])
-            errors = read_all_ways(Activations(storage, run, HOOK))
-            assert len(errors) == 5
+            errors = read_all_ways(Activations(storage, run, HOOK), only=length)
+            assert len(errors) == 1
             check_damaged(errors, key)
         storage.put_hint(key, good + b"\0")
-        assert {error.kind for error in read_all_ways(Activations(storage, run, HOOK))} <= {ErrorKind.OBJECT_DAMAGED}
+        assert {error.kind for error in read_all_ways(Activations(storage, run, HOOK))} <= {
+            ErrorKind.OBJECT_DAMAGED
+        }
         storage.put_hint(key, good)
 
 
@@ -228,7 +236,5 @@ def test_random_frames_with_right_checksums(codec):
         for place in rng.integers(0, len(bad), rng.integers(1, 4)):
             bad[place] = rng.integers(0, 256)
         data = bytes(bad) + crc32c(bytes(bad)).to_bytes(4, "little") + encode_index([len(bad) + 4], 1)
-        try:
-            decode_shard(spec, data, n_rows=64, key="k")
-        except FormatError as error:
-            assert error.kind is ErrorKind.OBJECT_DAMAGED
+        with contextlib.suppress(FormatError):
+            assert decode_shard(spec, data, n_rows=64, key="k").shape == (64, 24)

@@ -33,12 +33,17 @@ CHILD = textwrap.dedent(
 
 
 @pytest.mark.parametrize(
-    ("codec", "way", "limit"), [("hot", "scan", 40 << 20), ("cold", "scan", 40 << 20), ("hot", "shuffled", 48 << 20)]
+    ("codec", "way", "limit"),
+    [("hot", "scan", 40 << 20), ("cold", "scan", 40 << 20), ("hot", "shuffled", 48 << 20)],
 )
 def test_rows_of_128_mib_pass_through_a_few(tmp_path, codec, way, limit):
-    """16 MiB of buffers (two groups of 8 MiB when shuffled), the batch in hand and the threads' own; rows are 262 MB as float32."""
+    """16 MiB of buffers (two groups of 8 MiB when shuffled), the batch in hand and the threads' own."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), codec, way], capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-c", CHILD, str(tmp_path), codec, way],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
     )
     report = json.loads(done.stdout)
     assert report["rows"] == 16 * 8000

@@ -43,9 +43,15 @@ def runs(draw):
     rows_per_unit = rows_per_shard * draw(st.integers(1, 3))
     d_model = draw(st.sampled_from([1, 5, 16, 600]))
     spec = ShardSpec(
-        rows_per_shard, rows_per_chunk, d_model, draw(st.sampled_from(STORED_DTYPES)), draw(st.sampled_from(tuple(CODECS)))
+        rows_per_shard,
+        rows_per_chunk,
+        d_model,
+        draw(st.sampled_from(STORED_DTYPES)),
+        draw(st.sampled_from(tuple(CODECS))),
     )
-    unit_rows = draw(st.dictionaries(st.integers(0, 5), st.integers(1, rows_per_unit), min_size=1, max_size=4))
+    unit_rows = draw(
+        st.dictionaries(st.integers(0, 5), st.integers(1, rows_per_unit), min_size=1, max_size=4)
+    )
     return spec, rows_per_unit, unit_rows, draw(st.booleans())
 
 
@@ -57,9 +63,16 @@ def test_any_request_of_any_run(run, data):
     for key in list(storage.list("")):
         storage.delete(key)
     collection = make_run(
-        storage, spec=spec, rows_per_unit=rows_per_unit, unit_rows=unit_rows, hook_points=HOOKS, with_sums=with_sums
+        storage,
+        spec=spec,
+        rows_per_unit=rows_per_unit,
+        unit_rows=unit_rows,
+        hook_points=HOOKS,
+        with_sums=with_sums,
     )
-    existing = np.concatenate([rows_per_unit * unit + np.arange(unit_rows[unit]) for unit in sorted(unit_rows)])
+    existing = np.concatenate(
+        [rows_per_unit * unit + np.arange(unit_rows[unit]) for unit in sorted(unit_rows)]
+    )
     memory = data.draw(st.sampled_from([1, 10_000, 1 << 20]))
     for salt, hook in enumerate(HOOKS):
         acts = Activations(storage, collection, hook, memory_bytes=memory)
@@ -76,7 +89,10 @@ def test_any_request_of_any_run(run, data):
         inside = np.intersect1d(existing, np.arange(low, high, step))
         check(acts.read(slice(low, high, step), dtype="stored"), inside)
         batch_rows = data.draw(st.integers(1, 2 * spec.rows_per_shard))
-        scanned = [(rows.copy(), values.copy()) for rows, values in acts.scan(batch_rows, start=low, stop=high, dtype="stored")]
+        scanned = [
+            (rows.copy(), values.copy())
+            for rows, values in acts.scan(batch_rows, start=low, stop=high, dtype="stored")
+        ]
         inside = existing[(existing >= low) & (existing < high)]
         assert np.concatenate([np.empty(0, int), *(rows for rows, _ in scanned)]).tolist() == inside.tolist()
         assert all(len(rows) <= batch_rows for rows, _ in scanned)
@@ -111,7 +127,19 @@ def test_rows_that_do_not_exist_are_named(acts, row):
 
 
 @pytest.mark.parametrize(
-    "rows", [slice(-3, None), slice(None, -1), slice(None, None, -1), slice(0, 5, 0), slice(0.5, 2), 1.5, [0.5], [[1]], "a", None]
+    "rows",
+    [
+        slice(-3, None),
+        slice(None, -1),
+        slice(None, None, -1),
+        slice(0, 5, 0),
+        slice(0.5, 2),
+        1.5,
+        [0.5],
+        [[1]],
+        "a",
+        None,
+    ],
 )
 def test_what_is_no_rows(acts, rows):
     with pytest.raises(InvalidInputError):
@@ -140,14 +168,20 @@ def test_out_is_filled(acts):
 @pytest.mark.parametrize("codec", CODECS)
 def test_columns_and_units_of_a_scan(storage, codec):
     spec = ShardSpec(32, 8, 24, "float16", codec)
-    acts = Activations(storage, make_run(storage, spec=spec, rows_per_unit=64, unit_rows=UNIT_ROWS), "layers.0.resid_post")
-    rows, values = (np.concatenate(part) for part in zip(*acts.scan(10, columns=[7, 0, 7], units={1, 3, 9}), strict=True))
+    acts = Activations(
+        storage, make_run(storage, spec=spec, rows_per_unit=64, unit_rows=UNIT_ROWS), "layers.0.resid_post"
+    )
+    rows, values = (
+        np.concatenate(part) for part in zip(*acts.scan(10, columns=[7, 0, 7], units={1, 3, 9}), strict=True)
+    )
     assert rows.tolist() == [*range(64, 97), *range(192, 253)]
     assert values.dtype == np.float32
     assert np.array_equal(values, stored_truth(rows, spec, 0)[:, [7, 0, 7]].astype(np.float32))
 
 
-@pytest.mark.parametrize("bad", [{"batch_rows": 0}, {"columns": [24]}, {"columns": [-1]}, {"columns": [True]}, {"dtype": "f8"}])
+@pytest.mark.parametrize(
+    "bad", [{"batch_rows": 0}, {"columns": [24]}, {"columns": [-1]}, {"columns": [True]}, {"dtype": "f8"}]
+)
 def test_bad_scans_are_refused_at_once(acts, bad):
     with pytest.raises(InvalidInputError):
         acts.scan(**bad)
@@ -172,7 +206,9 @@ def test_a_hook_point_that_was_not_captured(storage):
 
 
 def test_a_run_without_units(storage):
-    acts = Activations(storage, make_run(storage, spec=SPEC, rows_per_unit=64, unit_rows={}), "layers.0.resid_post")
+    acts = Activations(
+        storage, make_run(storage, spec=SPEC, rows_per_unit=64, unit_rows={}), "layers.0.resid_post"
+    )
     assert acts.shape == (0, 24)
     assert list(acts.scan()) == []
     assert list(acts.shuffled()) == []

@@ -1,3 +1,4 @@
+import itertools
 import json
 from dataclasses import replace
 
@@ -42,7 +43,7 @@ def test_an_epoch_is_every_row_once_in_a_new_order(storage, codec):
     first, second = epoch(shuffled), epoch(shuffled)
     for batches in (first, second):
         assert [len(rows) for rows in batches] == [30] * 11 + [21]
-        assert sorted(sum(batches, [])) == EXISTING.tolist()
+        assert sorted(itertools.chain.from_iterable(batches)) == EXISTING.tolist()
     assert first != second
     assert shuffled.n_batches == 12
 
@@ -118,7 +119,9 @@ def test_a_state_of_other_rows_is_refused(acts, memory):
         acts.shuffled(**OPTIONS).load_state(state)
 
 
-@pytest.mark.parametrize("change", [{"next_batch": 13}, {"next_batch": -1}, {"epoch": "0"}, {"epoch": True}, {"format": 2}])
+@pytest.mark.parametrize(
+    "change", [{"next_batch": 13}, {"next_batch": -1}, {"epoch": "0"}, {"epoch": True}, {"format": 2}]
+)
 def test_what_is_no_state(acts, change):
     shuffled = acts.shuffled(**OPTIONS)
     with pytest.raises(InvalidInputError):
@@ -147,13 +150,21 @@ def test_bad_arguments(acts, bad):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 60), st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+@given(
+    st.lists(st.integers(1, 9), max_size=40),
+    st.integers(1, 60),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 10**6),
+)
 def test_a_plan_is_a_partition(chunk_rows, rows_per_group, seed, epoch):
     plan = plan_shuffle(np.array(chunk_rows, np.int64), rows_per_group=rows_per_group, seed=seed, epoch=epoch)
     assert sorted(plan.chunk_order.tolist()) == list(range(len(chunk_rows)))
     assert plan.chunk_cuts[-1] == len(chunk_rows)
     sizes = np.diff(plan.row_cuts)
-    groups = [plan.chunk_order[low:high] for low, high in zip(plan.chunk_cuts[:-1], plan.chunk_cuts[1:], strict=True)]
+    groups = [
+        plan.chunk_order[low:high]
+        for low, high in zip(plan.chunk_cuts[:-1], plan.chunk_cuts[1:], strict=True)
+    ]
     assert [sum(chunk_rows[chunk] for chunk in group) for group in groups] == sizes.tolist()
     assert all(rows_per_group <= size < rows_per_group + 9 for size in sizes[:-1])
 
@@ -165,7 +176,10 @@ def loaded(dataset, num_workers):
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, multiprocessing_context=context)
     batches = []
     for rows, values in loader:
-        assert values.numpy().tobytes() == addressed_rows(rows.numpy(), 12, "float16").astype(np.float32).tobytes()
+        assert (
+            values.numpy().tobytes()
+            == addressed_rows(rows.numpy(), 12, "float16").astype(np.float32).tobytes()
+        )
         batches.append(rows.tolist())
     return batches
 

@@ -2,7 +2,7 @@
 
 import bz2
 import dataclasses
-import datetime
+import datetime as dt
 import gzip
 import json
 import lzma
@@ -29,7 +29,16 @@ from actstore.objects import ObjectReader
 from actstore.store import Store
 from actstore.testing.faults import Fault, FaultStorage, Killed
 
-TEXTS = ["plain", "é combining e\u0301", "漢字 and 🎉👩‍👩‍👧", "line one\nline two\r\n", " ", "", "nul \0 inside", "last"]
+TEXTS = [
+    "plain",
+    "é combining e\u0301",
+    "漢字 and 🎉👩‍👩‍👧",
+    "line one\nline two\r\n",
+    " ",
+    "",
+    "nul \0 inside",
+    "last",
+]
 RECORDS = [
     {
         "text": text,
@@ -119,12 +128,17 @@ def test_jsonl_folder_and_glob_are_read_in_path_order(store, tmp_path):
     assert [r["text"] for r in rows(store)] == [f"{p}-{i}" for p in expected for i in (0, 1)]
     assert any("README.md" in w for w in report.warnings)
     import_corpus(store, "g", str(tmp_path / "in" / "a" / "*.jsonl"))
-    assert [r["source_key"] for r in rows(store, "g")] == ["10.jsonl:1", "10.jsonl:2", "9.jsonl:1", "9.jsonl:2"]
+    assert [r["source_key"] for r in rows(store, "g")] == [
+        "10.jsonl:1",
+        "10.jsonl:2",
+        "9.jsonl:1",
+        "9.jsonl:2",
+    ]
 
 
 def test_parquet_keeps_the_sources_own_types(store, tmp_path):
     n = len(TEXTS)
-    day, moment = datetime.date(2024, 2, 29), datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.UTC)
+    day, moment = dt.date(2024, 2, 29), dt.datetime(2024, 2, 29, 12, tzinfo=dt.UTC)
     table = pa.table(
         {
             "body": pa.array(TEXTS, pa.string()),
@@ -197,7 +211,9 @@ def test_tables_in_memory(store):
     assert [r["meta"] for r in rows(store, "frame")] == [r["meta"] for r in RECORDS]
     assert store.corpus("frame").columns["n"] == "int64"
     import_corpus(store, "polars", pl.DataFrame({"text": TEXTS, "n": range(len(TEXTS))}))
-    assert [(r["text"], r["n"]) for r in rows(store, "polars")] == list(zip(TEXTS, range(len(TEXTS)), strict=True))
+    assert [(r["text"], r["n"]) for r in rows(store, "polars")] == list(
+        zip(TEXTS, range(len(TEXTS)), strict=True)
+    )
     import_corpus(store, "batch", table.to_batches()[0])
     assert rows(store, "batch") == rows(store)
 
@@ -228,7 +244,10 @@ def test_untyped_stream_of_datasets(store):
 
 def test_dataset_dictionary_needs_a_split(store, tmp_path):
     both = datasets.DatasetDict(
-        {"train": datasets.Dataset.from_dict({"text": ["a"]}), "test": datasets.Dataset.from_dict({"text": ["b"]})}
+        {
+            "train": datasets.Dataset.from_dict({"text": ["a"]}),
+            "test": datasets.Dataset.from_dict({"text": ["b"]}),
+        }
     )
     both.save_to_disk(tmp_path / "both")
     for source in (both, tmp_path / "both"):
@@ -260,7 +279,9 @@ def test_types_are_unified_over_the_whole_stream(store, tmp_path):
 
 
 def test_columns_without_any_value_become_text(store):
-    import_corpus(store, "c", [{"text": "a", "x": None, "e": {}, "l": []}, {"text": "b", "x": None, "e": {}, "l": []}])
+    import_corpus(
+        store, "c", [{"text": "a", "x": None, "e": {}, "l": []}, {"text": "b", "x": None, "e": {}, "l": []}]
+    )
     columns = store.corpus("c").columns
     assert (columns["x"], columns["e"], columns["l"]) == ("string", "string", "list<item: string>")
     assert [r["l"] for r in rows(store)] == [[], []]
@@ -268,7 +289,12 @@ def test_columns_without_any_value_become_text(store):
 
 @pytest.mark.parametrize(
     ("first", "second", "shown"),
-    [(1, "a", "int64.*string"), (True, 2, "bool.*int64"), ([1], ["x"], "list.*int64.*list.*string"), ({"a": 1}, 3, "struct.*int64")],
+    [
+        (1, "a", "int64.*string"),
+        (True, 2, "bool.*int64"),
+        ([1], ["x"], "list.*int64.*list.*string"),
+        ({"a": 1}, 3, "struct.*int64"),
+    ],
 )
 @pytest.mark.parametrize("distance", [1, 9_000])
 def test_mixed_types_are_refused_or_stringified(store, tmp_path, first, second, shown, distance):
@@ -294,11 +320,22 @@ def test_values_that_no_column_holds(store, value):
 
 def test_integers_that_floats_cannot_hold(store):
     with pytest.raises(InvalidInputError, match="'x'"):
-        import_corpus(store, "c", [{"text": f"{i}", "x": 2**53 + 1} for i in range(5_000)] + [{"text": "", "x": 0.5}])
+        import_corpus(
+            store, "c", [{"text": f"{i}", "x": 2**53 + 1} for i in range(5_000)] + [{"text": "", "x": 0.5}]
+        )
 
 
 def test_names_that_would_clash(store):
-    record = {"content": "t", "text": "other", "doc_id": 5, "Corpus": "x", "URL": 1, "url": 2, "": 3, "id": "key"}
+    record = {
+        "content": "t",
+        "text": "other",
+        "doc_id": 5,
+        "Corpus": "x",
+        "URL": 1,
+        "url": 2,
+        "": 3,
+        "id": "key",
+    }
     report = import_corpus(store, "c", [record], text_column="content", id_column="id")
     assert rows(store) == [
         {
@@ -315,7 +352,9 @@ def test_names_that_would_clash(store):
         }
     ]
     assert report.renamed["url"] == "url_2"
-    renamed = import_corpus(store, "r", [record], text_column="content", rename={"text": "inner"}, columns=["text", "URL"])
+    renamed = import_corpus(
+        store, "r", [record], text_column="content", rename={"text": "inner"}, columns=["text", "URL"]
+    )
     assert rows(store, "r") == [{"doc_id": 0, "text": "t", "source_key": "0", "inner": "other", "URL": 1}]
     assert renamed.renamed == {"text": "inner"}
     for bad in ({"text": "doc_id"}, {"text": "same", "url": "SAME"}):
@@ -382,7 +421,10 @@ def test_lines_longer_than_any_document(store, tmp_path):
         import_corpus(store, "c", path, max_document_bytes=10)
     assert caught.value.kind is ErrorKind.TOO_LARGE
     import_corpus(store, "c", path, max_document_bytes=10, on_bad_document="skip")
-    assert [(r["text"], r["source_key"]) for r in rows(store)] == [("a", "long.jsonl:1"), ("b", "long.jsonl:3")]
+    assert [(r["text"], r["source_key"]) for r in rows(store)] == [
+        ("a", "long.jsonl:1"),
+        ("b", "long.jsonl:3"),
+    ]
 
 
 def test_bad_text_files(store, tmp_path):
@@ -406,7 +448,7 @@ def test_bad_rows_of_typed_sources(store):
     )
     with pytest.raises(InvalidInputError, match="1: the text is not UTF-8"):
         import_corpus(store, "c", pa.table({"text": bad}))
-    with pytest.raises(InvalidInputError, match="column 'x'.*damaged"):
+    with pytest.raises(InvalidInputError, match=r"column 'x'.*damaged"):
         import_corpus(store, "c", pa.table({"text": ["a", "b", "c"], "x": bad}))
     import_corpus(store, "c", pa.table({"text": bad, "i": [0, 1, 2]}), on_bad_document="skip")
     assert [(r["text"], r["i"]) for r in rows(store)] == [("a", 0), ("b", 2)]
@@ -440,16 +482,16 @@ def test_sources_that_are_not_there_or_not_documents(store, tmp_path):
     mixed = tmp_path / "mixed"
     write_jsonl(mixed / "a.jsonl", [{"text": "a"}])
     pq.write_table(pa.table({"text": ["b"]}), mixed / "b.parquet")
-    with pytest.raises(InvalidInputError, match="several formats.*1 jsonl, 1 parquet"):
+    with pytest.raises(InvalidInputError, match=r"several formats.*1 jsonl, 1 parquet"):
         import_corpus(store, "c", mixed)
     import_corpus(store, "c", mixed, source_format="parquet")
     assert [r["text"] for r in rows(store)] == ["b"]
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet at all")
-    with pytest.raises(InvalidInputError, match="broken.parquet cannot be read"):
+    with pytest.raises(InvalidInputError, match=r"broken.parquet cannot be read"):
         import_corpus(store, "d", tmp_path / "broken.parquet")
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InvalidInputError, match="cut.jsonl.gz cannot be read to its end"):
+    with pytest.raises(InvalidInputError, match=r"cut.jsonl.gz cannot be read to its end"):
         import_corpus(store, "d", tmp_path / "cut.jsonl.gz")
     for source in (b"bytes", {"text": ["a"]}, 5):
         with pytest.raises(InvalidInputError, match="the source is a"):
@@ -518,7 +560,11 @@ def test_same_content_is_no_change_and_other_content_a_conflict(store, tmp_path)
     # The same documents from another kind of source, cut differently.
     again = import_corpus(store, "c", pa.Table.from_pylist(RECORDS))
     assert (first.is_new, again.is_new) == (True, False)
-    assert (again.version, again.n_documents, again.n_bytes) == (first.version, first.n_documents, first.n_bytes)
+    assert (again.version, again.n_documents, again.n_bytes) == (
+        first.version,
+        first.n_documents,
+        first.n_bytes,
+    )
     assert store.refresh().version == 1
     changed = [dict(r) for r in RECORDS]
     for i, change in ((3, {"n": 9}), (0, {"text": "Plain"}), (2, {"name": "x"}), (5, {"tags": []})):
@@ -554,7 +600,9 @@ def test_an_import_that_dies_at_any_write_leaves_nothing_and_can_be_repeated(tmp
                 assert (mode, operation) == (Fault.KILL_AFTER, writes[-1])
             assert [c.n_documents for c in fresh.corpora()] in ([], [40])
             report = import_corpus(fresh, "c", source, part_bytes=500)
-            assert report.is_new == (not fresh.corpora() or (mode, operation) != (Fault.KILL_AFTER, writes[-1]))
+            assert report.is_new == (
+                not fresh.corpora() or (mode, operation) != (Fault.KILL_AFTER, writes[-1])
+            )
             assert [r["i"] for r in rows(fresh)] == list(range(40))
 
 
@@ -601,7 +649,9 @@ def test_real_text_with_its_names(store):
     assert report.n_bytes == sum(len(t.encode()) for t in topics.values())
     assert report.n_duplicates == len(topics) - len(set(topics.values()))
     found = rows(store, "topics")
-    assert {r["source_key"]: (r["text"], r["chars"]) for r in found} == {k: (v, len(v)) for k, v in topics.items()}
+    assert {r["source_key"]: (r["text"], r["chars"]) for r in found} == {
+        k: (v, len(v)) for k, v in topics.items()
+    }
     some = store.corpus("topics").documents([5, 2, 5], ["topic"]).to_pylist()
     assert [r["topic"] for r in some] == [list(topics)[i] for i in (5, 2, 5)]
     assert json.loads(json.dumps(dataclasses.asdict(report)))["n_documents"] == len(topics)

@@ -65,9 +65,7 @@ def test_a_module_gives_its_docstrings_and_its_functions_without_them():
         "source/pkg.mod:first": (
             '@decorate(\n    1)\ndef first(a):\n    x = """not\na docstring"""\n    return a'
         ),
-        "source/pkg.mod:Outer.Inner.method": (
-            "async def method(self):\n    return [\n        self,\n    ]"
-        ),
+        "source/pkg.mod:Outer.Inner.method": ("async def method(self):\n    return [\n        self,\n    ]"),
     }
     assert {document.module for document in found.values()} == {"pkg.mod"}
     assert found["source/pkg.mod:first"].record()["n_chars"] == len(texts["source/pkg.mod:first"])

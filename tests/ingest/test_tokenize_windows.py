@@ -1,13 +1,16 @@
 """Is every token in exactly the windows it should be in, and every window in exactly one unit?"""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from actstore.errors import InvalidInputError
 from actstore.ingest.token_encoding import EncodedBatch, Template
 from actstore.ingest.token_units import Cut, Start, UnitPacker
 from actstore.ingest.windows import auto_rows_per_unit, check_window, pack_units, plan_windows
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @st.composite
@@ -34,7 +37,7 @@ def test_windows_cover_the_body_in_order(n_body, geometry):
     assert all(0 <= b - a <= room for a, b in windows)
     # All but the last are full, and neighbours share exactly the overlap: so no window is within another.
     assert all(b - a == room for a, b in windows[:-1])
-    assert all(after[0] == before[1] - geometry["overlap"] for before, after in zip(windows, windows[1:], strict=False))
+    assert all(after[0] == before[1] - geometry["overlap"] for before, after in pairwise(windows))
     if geometry["overlap"] == 0:
         assert [t for a, b in windows for t in range(a, b)] == list(range(n_body))
     if len(windows) > 1:
@@ -60,12 +63,10 @@ def test_auto_rows_are_a_power_of_two_that_holds_a_window(text_bytes, window):
     assert rows >= window
     assert 2048 <= rows <= max(65_536, 2 * window)
     if window <= 2048 and 2048 < rows < 65_536:
-        assert rows // 2 < text_bytes / 4 / 64 + 1 <= rows + 1
+        assert rows // 2 < text_bytes // 256 <= rows
 
 
-@pytest.mark.parametrize(
-    ("window", "overlap"), [(2, 0), (0, 0), (-5, 0), (3, 1), (10, 8), (10, -1)]
-)
+@pytest.mark.parametrize(("window", "overlap"), [(2, 0), (0, 0), (-5, 0), (3, 1), (10, 8), (10, -1)])
 def test_windows_that_cannot_advance_are_refused(window, overlap):
     with pytest.raises(InvalidInputError):
         check_window(window=window, overlap=overlap, prefix=1, suffix=1)
@@ -98,7 +99,7 @@ def oracle_rows(lengths, *, prefix, suffix, window, overlap):
     return windows
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=12),
     geometries(),
@@ -109,7 +110,9 @@ def oracle_rows(lengths, *, prefix, suffix, window, overlap):
 def test_units_hold_what_a_plain_loop_cuts(lengths, geometry, extra, batch_size, data):
     rows_per_unit = geometry["window"] + extra
     prefix, suffix = geometry["prefix"], geometry["suffix"]
-    cut = Cut(Template(prefix, suffix), geometry["window"], geometry["overlap"], rows_per_unit, special_ids=(7,))
+    cut = Cut(
+        Template(prefix, suffix), geometry["window"], geometry["overlap"], rows_per_unit, special_ids=(7,)
+    )
     expected_windows = oracle_rows(lengths, **geometry)
     expected_units, filled = [[]], 0
     for rows in expected_windows:
@@ -126,9 +129,7 @@ def test_units_hold_what_a_plain_loop_cuts(lengths, geometry, extra, batch_size,
         docs = range(first, min(first + batch_size, len(lengths)))
         totals = [prefix + lengths[d] + suffix for d in docs]
         ids = [100 * (d + 1) + t for d, n in zip(docs, totals, strict=True) for t in range(n)]
-        starts = [
-            2 * (t - prefix) if prefix <= t < n - suffix else 0 for n in totals for t in range(n)
-        ]
+        starts = [2 * (t - prefix) if prefix <= t < n - suffix else 0 for n in totals for t in range(n)]
         ends = [2 * (t - prefix) + 1 if prefix <= t < n - suffix else 0 for n in totals for t in range(n)]
         batches.append(
             EncodedBatch(
@@ -142,14 +143,21 @@ def test_units_hold_what_a_plain_loop_cuts(lengths, geometry, extra, batch_size,
 
     def units(start: Start):
         packer = UnitPacker(cut, start)
-        found = [u for b in batches if b.first_doc + len(b.lengths) > start.doc for u in packer.add(skipped(b, start.doc))]
+        found = [
+            u
+            for b in batches
+            if b.first_doc + len(b.lengths) > start.doc
+            for u in packer.add(skipped(b, start.doc))
+        ]
         return [*found, *packer.finish()]
 
     whole = units(Start())
     assert [u.unit for u in whole] == list(range(len(expected_units)))
     for unit, expected in zip(whole, expected_units, strict=True):
         table = unit.table.to_pydict()
-        assert table["row"] == list(range(unit.unit * rows_per_unit, unit.unit * rows_per_unit + len(expected)))
+        assert table["row"] == list(
+            range(unit.unit * rows_per_unit, unit.unit * rows_per_unit + len(expected))
+        )
         found = list(
             zip(table["doc_id"], table["position"], table["window"], table["window_position"], strict=True)
         )
@@ -172,7 +180,9 @@ def skipped(batch: EncodedBatch, doc: int) -> EncodedBatch:
     """The batch from a document on, as the reader of texts gives it."""
     n = max(0, doc - batch.first_doc)
     at = int(batch.lengths[:n].sum())
-    return EncodedBatch(batch.first_doc + n, batch.lengths[n:], batch.ids[at:], batch.starts[at:], batch.ends[at:])
+    return EncodedBatch(
+        batch.first_doc + n, batch.lengths[n:], batch.ids[at:], batch.starts[at:], batch.ends[at:]
+    )
 
 
 def check_tokens(table, lengths, geometry):

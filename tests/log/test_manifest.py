@@ -80,7 +80,7 @@ EXAMPLE = Manifest(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(manifests)
 def test_round_trip(manifest):
     data = encode(manifest)

@@ -20,7 +20,7 @@ from actstore.codec.sums import pack_sums
 from actstore.dtypes import to_float32, to_stored
 from actstore.log.values import Add, Create, Seal
 from actstore.names import hook_point_folder
-from actstore.statistics import block_stats, merge_stats, stats_to_table
+from actstore.stats import block_stats, merge_stats, stats_to_table
 from actstore.storage import write_new
 from actstore.store import Store
 from actstore.tokenization import TOKEN_SCHEMA
@@ -285,8 +285,15 @@ def add_run(
 
 
 def make_store(
-    url: str, *, seed: int = 0, n_documents: int = 40, window: int = 16, overlap: int = 0, bos: bool = True, rows_per_unit: int = 64
-) -> Made:  # fmt: skip
+    url: str,
+    *,
+    seed: int = 0,
+    n_documents: int = 40,
+    window: int = 16,
+    overlap: int = 0,
+    bos: bool = True,
+    rows_per_unit: int = 64,
+) -> Made:
     """A store with a corpus and a tokenization and no run yet."""
     store = actstore.open(url, create=True)
     rng = np.random.default_rng(seed)

@@ -7,7 +7,6 @@ import numpy as np
 
 from tests.query.make_store import Made
 
-
 _KEYS: dict[int, dict[int, tuple[int, ...]]] = {}
 
 

@@ -47,7 +47,8 @@ def test_against_a_plain_loop(made, sign, fold, kind):
     check(made, result, top(made, rows, signed(value, sign), 30, fold), value)
     assert result.meta.n_eligible == len(rows)
     assert (result.meta.exact, result.meta.recall, result.meta.version) == (True, 1.0, made.store.version)
-    assert result.meta.n_requested == 30 and result.meta.n_returned == len(result)
+    assert result.meta.n_requested == 30
+    assert result.meta.n_returned == len(result)
 
 
 @pytest.mark.parametrize(("special", "sinks"), [(True, False), (False, True), (False, False)])
@@ -64,7 +65,8 @@ def test_masks_can_be_turned_off_and_are_counted(made, special, sinks):
     assert ("norm_limit" in mask) == sinks
     if not special and not sinks:
         nonfinite = sum(not np.isfinite(a).all() for a in made.acts["run", H].values())
-        assert mask["removed"] == {"nonfinite": nonfinite} and nonfinite > 10
+        assert mask["removed"] == {"nonfinite": nonfinite}
+        assert nonfinite > 10
         assert any(f"{nonfinite} rows hold NaN" in w for w in result.meta.warnings)
 
 
@@ -104,7 +106,8 @@ def test_many_targets_share_one_pass_and_answer_as_alone(made):
         alone = made.run().examples(target, 8)
         mine = [r for r in together.to_dicts() if r.pop("target") == target.label]
         assert same(mine, alone.to_dicts())
-    assert together.meta.n_requested == 32 and set(together.meta.mask) == {H, "layers.1.mlp_act"}
+    assert together.meta.n_requested == 32
+    assert set(together.meta.mask) == {H, "layers.1.mlp_act"}
 
 
 def test_blocks_of_any_size_give_the_same_answer(made):
@@ -143,7 +146,8 @@ def test_context_of_a_special_token(made):
     specials = [r for r in result if r["token_id"] == BOS]
     assert specials
     for r in specials:
-        assert r["token"] == "<bos>" and r["context"]["tokens"][0] == "<bos>"
+        assert r["token"] == "<bos>"
+        assert r["context"]["tokens"][0] == "<bos>"
         assert r["context"]["token_start"] == r["context"]["token_end"] == 0
 
 
@@ -191,7 +195,8 @@ def test_all_zero_hook_point(tmp_path):
     add_run(made, "run", {H: 4}, lambda h, tokens: np.zeros((len(tokens), 4), np.float32))
     assert len(made.run().examples(actstore.direction(H, [1.0, 0, 0, 0]), sign="abs")) == 0
     result = made.run().nearest(H, [1.0, 0, 0, 0])
-    assert len(result) == 0 and result.meta.mask["removed"]["zero_norm"] > 0
+    assert len(result) == 0
+    assert result.meta.mask["removed"]["zero_norm"] > 0
 
 
 def test_answers_are_pinned_to_a_version(tmp_path):

@@ -32,7 +32,8 @@ def test_against_a_plain_loop(made, metric, fold):
     sign = -1 if metric == "l2" else 1
     assert result.table["value"].to_pylist() == pytest.approx([sign * s for _, s in wanted], rel=1e-12)
     assert result.meta.n_eligible == len(rows)
-    assert result.meta.exact and result.meta.recall == 1.0
+    assert result.meta.exact
+    assert result.meta.recall == 1.0
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,8 @@ def test_where_comes_before_the_limit(made):
     keep = lambda t: made.metadata[t.doc_id]["source"] == "book" and t.doc_id < 20  # noqa: E731
     rows = list(eligible(made, H, zero=True, keep=keep))
     assert result.table["row"].to_pylist() == [r for r, _ in top(made, rows, score_of("cosine", q), 10)]
-    assert result.meta.n_returned == 10 and result.meta.n_eligible == len(rows)
+    assert result.meta.n_returned == 10
+    assert result.meta.n_eligible == len(rows)
 
 
 def test_many_queries_answer_as_alone(made):
@@ -124,7 +126,8 @@ def test_context_values_are_the_metric_of_each_token(made):
 
 def test_index_is_not_there_yet(made):
     result = made.run().nearest(H, np.ones(12), 3, exact=False)
-    assert result.meta.exact and any("no index" in w for w in result.meta.warnings)
+    assert result.meta.exact
+    assert any("no index" in w for w in result.meta.warnings)
 
 
 @pytest.mark.parametrize(

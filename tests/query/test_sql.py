@@ -1,6 +1,6 @@
 """SQL over the views against answers worked out from what the store was made of."""
 
-import datetime
+import datetime as dt
 import os
 import tempfile
 import time
@@ -30,7 +30,8 @@ def test_tokens_are_what_was_stored(made):
     expected = frame(made)
     pd.testing.assert_frame_equal(table[expected.columns], expected, check_dtype=False)
     assert table["token"].tolist() == [WORDS[i] for i in expected["token_id"]]
-    assert set(table["tokenization"]) == {made.tokenization} and set(table["corpus"]) == {"docs"}
+    assert set(table["tokenization"]) == {made.tokenization}
+    assert set(table["corpus"]) == {"docs"}
     assert result.table.column_names == [name for name, *_ in VIEWS["tokens"].columns]
 
 
@@ -47,7 +48,8 @@ def test_joins_and_aggregates_against_pandas(made):
     )
     assert result.to_pandas().set_index("source").equals(expected)
     assert result.table.schema.field("total").type == pa.int64()  # a hugeint that fits
-    assert result.meta.bytes_read > 0 and result.meta.version == made.store.version
+    assert result.meta.bytes_read > 0
+    assert result.meta.version == made.store.version
 
 
 def test_characters_give_back_the_words(made):
@@ -70,7 +72,8 @@ def test_state_views(made):
         "fingerprint": run.collection.fingerprint, "nbytes": run.collection.nbytes, "model": "Synthetic",
     }  # fmt: skip
     assert {key: runs["part"][key] for key in expected} == expected
-    assert runs["run"]["is_complete"] and runs["run"]["nonfinite"] > 0
+    assert runs["run"]["is_complete"]
+    assert runs["run"]["nonfinite"] > 0
     hooks = made.store.sql(
         "FROM hook_points WHERE run = $name ORDER BY hook_point", {"name": "run"}
     ).to_dicts()
@@ -82,7 +85,8 @@ def test_state_views(made):
     [corpus] = made.store.sql("FROM corpora")
     assert (corpus["n_documents"], corpus["corpus"]) == (40, "docs")
     [tokenization] = made.store.sql("FROM tokenizations")
-    assert tokenization["n_rows"] == len(made.tokens) and tokenization["is_complete"]
+    assert tokenization["n_rows"] == len(made.tokens)
+    assert tokenization["is_complete"]
     units = made.store.sql(
         "SELECT kind, sum(rows) AS rows FROM units WHERE id IN ('docs', 'run') GROUP BY kind"
     ).to_dicts()
@@ -122,9 +126,8 @@ def test_an_empty_store_answers(tmp_path):
     for view in VIEWS:
         result = store.sql(f"SELECT * FROM {view}")
         if view != "view_columns":
-            assert len(result) == 0 and result.table.column_names == [
-                name for name, *_ in VIEWS[view].columns
-            ]
+            assert len(result) == 0
+            assert result.table.column_names == [name for name, *_ in VIEWS[view].columns]
 
 
 def test_an_unfinished_tokenization_has_no_words_yet(tmp_path):
@@ -149,7 +152,8 @@ def test_describing(made):
         assert [r["column_name"] for r in result] == [name for name, *_ in VIEWS["tokens"].columns]
         assert result.meta.bytes_read == 0
     types = {r["column_name"]: r["column_type"] for r in made.store.sql("DESCRIBE documents")}
-    assert types["score"] == "DOUBLE" and types["source"] == "VARCHAR"
+    assert types["score"] == "DOUBLE"
+    assert types["source"] == "VARCHAR"
     [row] = [r for r in made.store.sql("SUMMARIZE tokens") if r["column_name"] == "row"]
     assert row["count"] == len(made.tokens)
     for view, described in VIEWS.items():
@@ -187,10 +191,13 @@ def test_values_of_every_type():
         TIMESTAMPTZ '2024-05-01 12:00:00+00' AS tz, 1.50::DECIMAL(9, 2) AS d, 'NaN'::DOUBLE AS nan, '\\xAA'::BLOB AS b,
         {'a': [1, NULL]} AS s, NULL AS n, 1 AS "x", 2 AS "x" """)  # fmt: skip
     [row] = result.to_dicts()
-    assert row["small"] == 5 and int(row["big"]) == 2**127 - 1
-    assert row["t"] == datetime.datetime(2024, 5, 1, 12) and row["tz"].utcoffset() == datetime.timedelta(0)
+    assert row["small"] == 5
+    assert int(row["big"]) == 2**127 - 1
+    assert row["t"] == dt.datetime(2024, 5, 1, 12)
+    assert row["tz"].utcoffset() == dt.timedelta(0)
     assert (row["x"], row["x_1"], row["b"], row["s"]) == (1, 2, b"\xaa", {"a": [1, None]})
-    assert '"nan": null' in result.to_json() and '"nonfinite": 1' in result.to_json()
+    assert '"nan": null' in result.to_json()
+    assert '"nonfinite": 1' in result.to_json()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,7 @@ def test_parameters_are_bound(made):
 def test_time_is_limited(made):
     start = time.monotonic()
     for query in ("SELECT count(*) FROM range(100000000000) a, range(1000) b", "FROM range(100000000000)"):
-        with pytest.raises(InvalidInputError, match="timeout_s=0.3") as caught:
+        with pytest.raises(InvalidInputError, match=r"timeout_s=0\.3") as caught:
             sql(made.store, query, timeout_s=0.3, max_result_bytes=1 << 40)
         assert caught.value.kind is ErrorKind.TIMED_OUT
     assert time.monotonic() - start < 20
@@ -233,7 +240,7 @@ def test_sizes_are_limited(made):
     with pytest.raises(InvalidInputError, match="max_result_bytes") as caught:
         sql(made.store, "SELECT repeat('x', 1000) FROM range(100000)", max_result_bytes=1 << 20)
     assert caught.value.kind is ErrorKind.TOO_LARGE
-    with pytest.raises(InvalidInputError, match="memory_bytes|max_temp") as caught:
+    with pytest.raises(InvalidInputError, match=r"memory_bytes|max_temp") as caught:
         sql(made.store, "SELECT list(a) FROM range(30000000) t(a)", memory_bytes=32 << 20, threads=1)
     assert caught.value.kind is ErrorKind.TOO_LARGE
     for bad in (

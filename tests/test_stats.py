@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actstore.statistics import block_stats, empty_stats, merge_stats, stats_from_table, stats_to_table
+from actstore.stats import block_stats, empty_stats, merge_stats, stats_from_table, stats_to_table
 
 
 @settings(max_examples=60, deadline=None)
