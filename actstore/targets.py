@@ -143,8 +143,8 @@ def parse_target(text: str) -> Target:
         InvalidInputError: none of the three forms.
         NotFoundError: the file of a direction does not exist.
 
-    >>> parse_target("neuron:module:model.layers.0.mlp:7")
-    Neuron(hook_point='module:model.layers.0.mlp', index=7)
+    >>> parse_target("neuron:module:model.layers.0.mlp:output:7")
+    Neuron(hook_point='module:model.layers.0.mlp:output', index=7)
     """
     kind, _, rest = text.partition(":")
     # A hook point may hold colons (`module:<path>:output`), an index or file name may not.

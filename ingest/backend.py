@@ -74,7 +74,18 @@ class RayBackend:
     Activations never enter Ray's object store: an actor writes its shards itself and returns a few hundred bytes.
     """
 
-    def __init__(self, config: IngestConfig, store: Store) -> None:
+    def __init__(self, config: IngestConfig, store: Store, *, host: type[Any] = ModelHost) -> None:
+        """Start or join Ray and create the actors.
+
+        Args:
+            config: The ingest.
+            store: Where it goes.
+            host: Class of what an actor holds, made as `host(config, threads=...)`; has the methods of `ModelHost`.
+
+        Raises:
+            StorageError: the cluster cannot be reached.
+            InvalidInputError: a store that only this process can see.
+        """
         if store.url.startswith("memory:"):
             raise InvalidInputError(
                 ErrorKind.BAD_URL,
@@ -85,7 +96,7 @@ class RayBackend:
         self._owns_ray = _start_ray(self._ray, config.ray_address)
         options = _actor_options(self._ray.cluster_resources(), config)
         threads = max(1, int(options["num_cpus"]))
-        remote = self._ray.remote(ModelHost).options(
+        remote = self._ray.remote(host).options(
             max_concurrency=_IN_FLIGHT_PER_ACTOR, max_restarts=-1, max_task_retries=0, **options
         )
         self._actors = [remote.remote(config, threads=threads) for _ in range(config.workers)]
@@ -106,9 +117,9 @@ class RayBackend:
 
     def start(self, store: Store, plan: RunPlan) -> Pool:
         """Return the actors."""
-        self._committer = (
-            self._ray.remote(_CommitterActor).options(num_cpus=0, max_restarts=-1).remote(store, plan)
-        )
+        # Committing is idempotent, so Ray may run a call again when the actor died in it.
+        remote = self._ray.remote(_CommitterActor).options(num_cpus=0, max_restarts=-1, max_task_retries=3)
+        self._committer = remote.remote(store, plan)
         return RayPool(self._ray, self._actors, store, plan)
 
     def commit(self, units: Sequence[WrittenUnit]) -> None:

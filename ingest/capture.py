@@ -272,14 +272,15 @@ def make_batch(
     """
     lengths = starts[windows + 1] - starts[windows]
     longest = int(lengths.max())
+    shape = (len(windows), longest)
     valid_bt = np.arange(longest) < lengths[:, None]
     rows_bt = starts[windows][:, None] + np.arange(longest)
     rows = rows_bt[valid_bt]
     ids_bt = np.zeros(valid_bt.shape, np.int64)
     ids_bt[valid_bt] = token_ids[rows]
     if lengths.min() == longest:
-        return Batch(valid_bt.shape, None, rows), ids_bt, None
-    return Batch(valid_bt.shape, np.flatnonzero(valid_bt), rows), ids_bt, valid_bt.astype(np.int64)
+        return Batch(shape, None, rows, lengths), ids_bt, None
+    return Batch(shape, np.flatnonzero(valid_bt), rows, lengths), ids_bt, valid_bt.astype(np.int64)
 
 
 def probe_ids(loaded: LoadedModel, shape: tuple[int, int]) -> Int64Array:

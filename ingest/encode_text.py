@@ -69,7 +69,8 @@ def encode_text(
         hook_point: Canonical name or alias of one place.
         texts: Texts of at least one token and at most `window`.
         tokenizer_json: The tokenization's `tokenizer.json`.
-        tokenizer_config: What belongs to the tokenizer besides: `special_ids`, ids that are special wherever they stand.
+        tokenizer_config: What belongs to the tokenizer besides, as the tokenization keeps it: `special_ids`, ids that are special
+            wherever they stand, and `split_special_tokens`, whether a special token's text in a text is text.
         window: Most tokens of a text, special ones included.
         add_special_tokens: Whether the tokenizer adds its special tokens.
         device: Where to compute, see `load_model`.
@@ -79,7 +80,13 @@ def encode_text(
         NotFoundError: no such model or hook point.
         InvalidInputError: a text without tokens or longer than the window, or a broken tokenizer.
     """
-    encodings = _tokenize(texts, tokenizer_json, window=window, add_special_tokens=add_special_tokens)
+    encodings = _tokenize(
+        texts,
+        tokenizer_json,
+        window=window,
+        add_special_tokens=add_special_tokens,
+        split_special_tokens=bool(tokenizer_config.get("split_special_tokens", False)),
+    )
     special = np.array(sorted(tokenizer_config.get("special_ids", ())), np.int32)
     with _LAST.lock:
         loaded = _load(
@@ -104,7 +111,12 @@ def encode_text(
 
 
 def _tokenize(
-    texts: Sequence[str], tokenizer_json: bytes, *, window: int, add_special_tokens: bool
+    texts: Sequence[str],
+    tokenizer_json: bytes,
+    *,
+    window: int,
+    add_special_tokens: bool,
+    split_special_tokens: bool,
 ) -> list[Any]:
     from tokenizers import Tokenizer
 
@@ -118,6 +130,8 @@ def _tokenize(
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # Not part of tokenizer.json.
+    tokenizer.encode_special_tokens = split_special_tokens
     encodings: list[Any] = tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
     for text, encoding in zip(texts, encodings, strict=True):
         if not 1 <= len(encoding.ids) <= window:

@@ -19,7 +19,7 @@ from typing import Any
 
 import actstore
 from actstore.codec.spec import ShardSpec, plan_spec
-from actstore.errors import ConflictError, ErrorKind, InvalidInputError, StorageError
+from actstore.errors import ConflictError, ErrorKind, InvalidInputError
 from actstore.log import fingerprint
 from actstore.log.values import Collection, Create
 from actstore.store import Store, open_store
@@ -34,7 +34,6 @@ from .scheduler import Counters, Progress, Scheduler
 from .tokenizing import tokenize_corpus
 from .unit import RunPlan, WrittenUnit
 
-_COMMIT_TRIES = 4
 _MAX_WINDOW = 4096
 
 
@@ -258,7 +257,7 @@ def _run_units(
 
     scheduler = Scheduler(
         backend.start(store, plan),
-        lambda batch: _commit_with_retries(backend, batch),
+        backend.commit,
         max_attempts=config.max_attempts,
         commit_units=config.commit_units,
         commit_interval_s=config.commit_interval_s,
@@ -270,17 +269,6 @@ def _run_units(
     if not counters.abandoned:
         Committer(store.log, store.objects, plan).seal(n_units=len(units))
     return _report(store, config.run, counters, tally["new_rows"], elapsed)
-
-
-def _commit_with_retries(backend: Backend, units: Sequence[WrittenUnit]) -> None:
-    for attempt in range(_COMMIT_TRIES):
-        try:
-            backend.commit(units)
-            return
-        except StorageError:
-            if attempt == _COMMIT_TRIES - 1:
-                raise
-            time.sleep(2.0**attempt / 2)
 
 
 def _spec(collection: Collection, name: str, width: int) -> ShardSpec:

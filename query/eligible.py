@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.errors import ErrorKind, FormatError, InvalidInputError, NotFoundError
 from actstore.run import Run
 
 from .where import Predicate
@@ -144,6 +144,11 @@ class Eligibility:
             if not keep.any():
                 return None
         table = self._tokenization.unit_table(unit)
+        if table.num_rows != stored.rows:
+            raise FormatError(
+                ErrorKind.INVARIANT_BROKEN,
+                f"unit {unit} has {stored.rows} rows in run {self._run.id!r} and {table.num_rows} in its tokenization: run fsck",
+            )
         nbytes = self._tokenization.collection.units[unit].objects[0].nbytes
         rows = UnitRows(unit, first, table, keep, nbytes)
         if self._docs is not None:

@@ -198,8 +198,9 @@ def _score_block(
 
     upper_tq = scorer.upper(acts_td, norms_t)
     upper_tq[~keep] = -np.inf
+    upper_qt = np.ascontiguousarray(upper_tq.T)
     for query, best in enumerate(report.best):
-        upper = upper_tq[:, query]
+        upper = upper_qt[query]
         if barred is not None:
             row, doc = barred[query]
             if row is not None:

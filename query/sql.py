@@ -22,7 +22,8 @@ from actstore.store import Store
 
 from .duck import Limits, open_locked, run_query
 from .sql_gate import check_statement
-from .views import VIEWS, Prepared, list_views, prepare_views
+from .view_docs import VIEWS
+from .views import Prepared, list_views, prepare_views
 
 _HUGEINT = pa.decimal128(38, 0)
 _ANY_PATH = re.compile(r"(?<![\w.])(?:/[\w.@~=+-]+){2,}")

@@ -67,7 +67,7 @@ def frame(value: object) -> bytes:
     r"""Return `value` as a line of canonical JSON and a line with its CRC-32.
 
     >>> frame({"v": 1})
-    b'{"v":1}\nd2b74ea7\n'
+    b'{"v":1}\n6a3b9165\n'
     """
     line = canonical_json(value) + b"\n"
     return line + f"{zlib.crc32(line):08x}\n".encode()

@@ -51,9 +51,9 @@ def apply(state: State | None, manifest: Manifest, *, sha256: str) -> State:
         for action in manifest.actions:
             if not fold.do(action):
                 raise broken(key, f"it adds a unit that is live already: {_named(action)}")
+        new = fold.finish(manifest.txn, sha256=sha256)
     except (ConflictError, NotFoundError, InvalidInputError) as error:
         raise broken(key, error.message) from error
-    new = fold.finish(manifest.txn, sha256=sha256)
     if new.after != manifest.after:
         raise broken(key, f"it announces {manifest.after}, and its actions lead to {new.after}")
     return new
@@ -126,7 +126,11 @@ class Fold:
         return True
 
     def finish(self, txn: str, *, sha256: str) -> State:
-        """Return the new state, made by transaction `txn` and stored as the manifest of hash `sha256`."""
+        """Return the new state, made by transaction `txn` and stored as the manifest of hash `sha256`.
+
+        Raises:
+            InvalidInputError: `txn` made a recent version already, or version 0 states no format.
+        """
         if self._format is None:
             raise InvalidInputError(ErrorKind.BAD_ARGUMENT, "version 0 must state the store's format")
         old = self._state

@@ -30,13 +30,14 @@ def addressed_rows(
     dtype('uint16')
     """
     kind = stored_dtype(dtype)
-    cells: npt.NDArray[np.uint64] = rows.astype(np.uint64)[:, None] * np.uint64(1_000_003)
-    cells += np.arange(d_model, dtype=np.uint64) + np.uint64(salt << 48)
+    cells: npt.NDArray[np.uint64] = np.add.outer(
+        rows.astype(np.uint64) * np.uint64(1_000_003),
+        np.arange(d_model, dtype=np.uint64) + np.uint64(salt << 48),
+    )
     cells ^= np.right_shift(cells, 7)
     cells *= np.uint64(0x9E3779B97F4A7C15)
-    finite = (
-        0xBFFFFFFF if kind.itemsize == 4 else 0xBFFF
-    )  # without the exponent's highest bit nothing is infinite or NaN
+    # Without the exponent's highest bit no number is infinite or NaN.
+    finite = 0xBFFFFFFF if kind.itemsize == 4 else 0xBFFF
     bits: StoredArray = np.right_shift(cells, 24).astype(f"<u{kind.itemsize}") & finite
     return bits.view(kind)
 

@@ -16,11 +16,12 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 NO_TOKEN = -1
-"""Stands for the token before the first one of a model window."""
+"""Stands for the token before the first one of a model window, or before the first that is not special."""
 
 FACTS_SQL = """
-    SELECT t.row, t.token_id, lag(t.token_id) OVER same_window AS previous_id, t.doc_id,
-           d.kind, d.split = 'held-out' AS is_held_out, NOT t.is_special AND t.window_position > 0 AS is_shown
+    SELECT t.row, t.token_id, t.doc_id, d.kind,
+           lag(CASE WHEN NOT t.is_special THEN t.token_id END) OVER same_window AS previous_id,
+           d.split = 'held-out' AS is_held_out, NOT t.is_special AND t.window_position > 0 AS is_shown
     FROM tokens t JOIN documents d ON d.corpus = t.corpus AND d.doc_id = t.doc_id
     WHERE t.tokenization = ?
     WINDOW same_window AS (PARTITION BY t.doc_id, t."window" ORDER BY t.row)
@@ -36,7 +37,7 @@ class TokenFacts:
     """Shape (t,): row numbers."""
     token_ids: Ints
     previous_ids: Ints
-    """The token before it in its window, `NO_TOKEN` for a window's first."""
+    """The token before it in its window; `NO_TOKEN` if there is none, or a special one."""
     doc_ids: Ints
     kind_codes: Ints
     """Index into `kinds`."""

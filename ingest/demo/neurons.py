@@ -8,7 +8,7 @@ Only strongest activations are looked at, so a story is about them; a neuron may
 Source: Bolukbasi et al. (2021), "An Interpretability Illusion for BERT", section 3.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ _ANY_TOKEN = 0.2
 _DOCUMENTS = 0.2
 """Documents among the top rows, per row: fewer, and the neuron knows a few documents by heart."""
 
-QUOTAS = {"token": 3, "pair": 1, "after": 1, "kind": 1}
+QUOTAS = {"token": 3, "pair": 1, "after": 2, "kind": 1}
 """How many neurons of each pattern are shown."""
 
 
@@ -166,7 +166,7 @@ def _story(hook_point: str, neuron: int, at: Ints, facts: TokenFacts, base: _Bas
     pair_share = float(np.mean((tokens == token) & (previous == before)))
     readable = _is_readable(facts.words[token])
     pattern, share, base_count = None, 0.0, 0
-    if pair_share >= _HALF and (readable or _is_readable(facts.words.get(before, ""))):
+    if before != NO_TOKEN and pair_share >= _HALF and (readable or _is_readable(facts.words[before])):
         pattern, share, base_count = "pair", pair_share, base.pairs[before, token]
     elif token_share >= _MOST and readable:
         pattern, share, base_count = "token", token_share, int(base.tokens[token])
@@ -194,7 +194,7 @@ def _is_readable(word: str) -> bool:
     return sum(c.isalpha() for c in word) >= 2
 
 
-def _commonest(values: Sequence[int] | Ints) -> tuple[int, float]:
+def _commonest(values: Ints) -> tuple[int, float]:
     """The most frequent value (the smallest of equals) and its share."""
     found, counts = np.unique(values, return_counts=True)
     best = int(np.argmax(counts))

@@ -5,8 +5,10 @@ finished is finished. The questions are asked through `actstore.Store` and `acts
 """
 
 import hashlib
+import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from .train import (
     TrainReport,
     encode_stream,
     make_tokenizer,
+    one_thread_each,
     save_model,
     saved_report,
     train_model,
@@ -116,43 +119,78 @@ def _train_models(
     trained = [document.text for document in documents if not document.is_held_out]
     held_out = [document.text for document in documents if document.is_held_out]
     text_sha256 = _digest([str(config.vocab_size), *trained, "", *held_out])
-    reports: dict[str, dict[str, Any]] = {}
-    tokenizer = None
+    reports: dict[str, TrainReport] = {}
     for name, training in config.models.items():
         report = saved_report(folder / name, config=training, text_sha256=text_sha256)
         if report is not None:
             show.line(console, f"{name}: trained before, in {folder / name}")
-        else:
-            if tokenizer is None:
-                tokenizer = make_tokenizer(trained, vocab_size=config.vocab_size, window=training.window)
-                streams = encode_stream(tokenizer, trained), encode_stream(tokenizer, held_out)
-            with _training_bar(console, name, training.steps) as on_step:
-                model, report = train_model(
-                    *streams,
-                    vocab_size=len(tokenizer),
-                    boundary_id=tokenizer.bos_token_id,
-                    config=training,
-                    on_step=on_step,
-                )
-            folder.mkdir(parents=True, exist_ok=True)
+            reports[name] = report
+    missing = {name: training for name, training in config.models.items() if name not in reports}
+    if missing:
+        window = next(iter(missing.values())).window
+        tokenizer = make_tokenizer(trained, vocab_size=config.vocab_size, window=window)
+        streams = encode_stream(tokenizer, trained), encode_stream(tokenizer, held_out)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, model, report in _train_side_by_side(console, tokenizer, streams, missing):
             save_model(
-                folder / name, model, tokenizer, config=training, text_sha256=text_sha256, report=report
+                folder / name,
+                model,
+                tokenizer,
+                config=missing[name],
+                text_sha256=text_sha256,
+                report=report,
             )
-        _say_report(console, name, report)
-        reports[name] = asdict(report)
-    return reports
+            reports[name] = report
+    for name in config.models:
+        _say_report(console, name, reports[name])
+    return {name: asdict(reports[name]) for name in config.models}
+
+
+def _train_side_by_side(
+    console: Console, tokenizer: Any, streams: tuple[Any, Any], models: Mapping[str, TrainConfig]
+) -> list[tuple[str, Any, TrainReport]]:
+    """Train all models at once, a thread each, with a bar each; an interrupt stops them at their next step."""
+    stop = threading.Event()
+
+    def train(name: str, training: TrainConfig, show_step: Callable[[str, int, float], None]) -> Any:
+        def on_step(step: int, loss: float) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            show_step(name, step, loss)
+
+        return train_model(
+            *streams,
+            vocab_size=len(tokenizer),
+            boundary_id=tokenizer.bos_token_id,
+            config=training,
+            on_step=on_step,
+        )
+
+    with (
+        one_thread_each(),
+        _training_bars(console, models) as show_step,
+        ThreadPoolExecutor(len(models)) as pool,
+    ):
+        futures = {name: pool.submit(train, name, models[name], show_step) for name in models}
+        try:
+            return [(name, *future.result()) for name, future in futures.items()]
+        finally:
+            stop.set()
 
 
 def _say_report(console: Console, name: str, report: TrainReport) -> None:
     show.line(
         console,
-        f"{name}: {report.n_parameters:,} parameters, {report.n_trained_tokens:,} tokens in {report.seconds:.0f} s; "
-        f"held-out loss {report.held_out_loss:.2f} nats a token, where token frequencies alone give {report.unigram_loss:.2f}",
+        f"{name}: {report.n_parameters:,} parameters, {report.n_trained_tokens:,} tokens in {report.seconds:.0f} s; loss "
+        f"{report.first_loss:.2f} nats a token at first, {report.held_out_loss:.2f} on held-out text in the end (token "
+        f"frequencies alone give {report.unigram_loss:.2f})",
     )
 
 
 @contextmanager
-def _training_bar(console: Console, name: str, steps: int) -> Iterator[Any]:
+def _training_bars(
+    console: Console, models: Mapping[str, TrainConfig]
+) -> Iterator[Callable[[str, int, float], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -160,9 +198,9 @@ def _training_bar(console: Console, name: str, steps: int) -> Iterator[Any]:
         TextColumn("steps · loss {task.fields[loss]} ·"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(name, total=steps, loss="-")
-        yield lambda step, loss: bar.update(task, completed=step + 1, loss=f"{loss:.2f}")
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks = {name: bars.add_task(name, total=config.steps, loss="-") for name, config in models.items()}
+        yield lambda name, step, loss: bars.update(tasks[name], completed=step + 1, loss=f"{loss:.2f}")
 
 
 def _ingest(

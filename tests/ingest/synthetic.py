@@ -54,36 +54,53 @@ def make_corpus(url: str, folder: Path, n_documents: int = 60, rows_per_unit: in
     return tokenizer
 
 
+DESCRIPTION = ModelDescription(
+    fingerprint={"synthetic": 1},
+    hook_points=HOOK_POINTS,
+    compute_dtype="float32",
+    attn_implementation="none",
+    context=16,
+    vocab_size=None,
+)
+
+
+def make_writer(store, plan, value=numbers) -> UnitWriter:
+    def capture(token_ids, window_starts, out: Mapping[str, np.ndarray]) -> None:
+        for name, rows in out.items():
+            rows[:] = to_stored(value(token_ids, rows.shape[1]), plan.specs[name].dtype)
+
+    return UnitWriter(store.storage, store.tokenization(plan.tokenization), plan, capture)
+
+
+class SyntheticHost:
+    """What a Ray actor holds here instead of a model."""
+
+    def __init__(self, config, *, threads) -> None:
+        self._writer = None
+
+    def describe(self) -> ModelDescription:
+        return DESCRIPTION
+
+    def run_job_unit(self, job, unit):
+        self._writer = self._writer or make_writer(*job)
+        return self._writer.run_unit(unit)
+
+
 class SyntheticBackend:
     """Runs units in this process with numbers instead of a model."""
 
-    def __init__(
-        self, *, fault=lambda unit: None, threads: int = 2, hook_points=HOOK_POINTS, value=numbers
-    ) -> None:
+    def __init__(self, *, fault=lambda unit: None, threads: int = 2, value=numbers) -> None:
         self.fault = fault
         self.threads = threads
-        self.hook_points = hook_points
         self.value = value
         self._pool = None
 
     def describe(self) -> ModelDescription:
-        return ModelDescription(
-            fingerprint={"synthetic": 1},
-            hook_points=self.hook_points,
-            compute_dtype="float32",
-            attn_implementation="none",
-            context=16,
-            vocab_size=None,
-        )
+        return DESCRIPTION
 
     def start(self, store, plan):
         self._committer = Committer(store.log, store.objects, plan)
-
-        def capture(token_ids, window_starts, out: Mapping[str, np.ndarray]) -> None:
-            for name, rows in out.items():
-                rows[:] = to_stored(self.value(token_ids, rows.shape[1]), plan.specs[name].dtype)
-
-        writer = UnitWriter(store.storage, store.tokenization(plan.tokenization), plan, capture)
+        writer = make_writer(store, plan, self.value)
 
         def run_unit(unit):
             self.fault(unit)

@@ -60,6 +60,15 @@ def test_without_special_tokens_and_with_special_ids():
     assert got.is_special.all()
 
 
+def test_special_tokens_written_in_a_text():
+    text = "a<|endoftext|>b"
+    (got,) = encode("gpt2", [text], tokenizer_config={"special_ids": [0], "split_special_tokens": False})
+    assert got.is_special.tolist() == [False, True, False]
+    (got,) = encode("gpt2", [text], tokenizer_config={"special_ids": [0], "split_special_tokens": True})
+    assert len(got.token_ids) > 3
+    assert not got.is_special.any()
+
+
 def test_truncation_and_padding_of_the_tokenizer_are_off():
     from tokenizers import Tokenizer
 

@@ -27,7 +27,7 @@ def make_facts(seed, n=4000, n_documents=80):
     return TokenFacts(
         rows=np.sort(rng.choice(2 * n, n, replace=False)),
         token_ids=np.where(starts, 0, tokens),
-        previous_ids=np.where(starts, NO_TOKEN, np.r_[0, np.where(starts, 0, tokens)[:-1]]),
+        previous_ids=np.where(starts, NO_TOKEN, np.r_[0, np.where(starts, NO_TOKEN, tokens)[:-1]]),
         doc_ids=documents,
         kind_codes=documents % 3,
         is_held_out=documents % 5 == 0,

@@ -41,7 +41,7 @@ def test_the_tour_shows_all_steps_and_its_summary_is_json(toured):
         assert f"\n{number}. " in printed
     assert json.loads(json.dumps(summary))["version"] == actstore.open(path).version
     assert set(summary["training"]) == {"tiny-a", "tiny-b"} == set(summary["ingest"]["runs"])
-    assert f"{summary['training']['tiny-a']['held_out_loss']:.2f} nats" in printed
+    assert f"{summary['training']['tiny-a']['held_out_loss']:.2f} on held-out text" in printed
     assert f"actstore runs {path}" in printed
 
 
@@ -98,7 +98,7 @@ def test_facts_are_those_of_the_stored_tables(toured):
             assert facts.kinds[facts.kind_codes[at]] == documents["kind"][row["doc_id"]].as_py()
             assert facts.is_held_out[at] == (documents["split"][row["doc_id"]].as_py() == "held-out")
             assert facts.is_shown[at] == (not row["is_special"] and row["window_position"] > 0)
-            previous, at = row["token_id"], at + 1
+            previous, at = NO_TOKEN if row["is_special"] else row["token_id"], at + 1
     assert at == len(facts.rows) == run.n_rows
     assert facts.index(facts.rows).tolist() == list(range(at))
 

@@ -218,10 +218,13 @@ def test_nan_weights_are_refused_or_counted(corpus_store, tmp_path):
     report = run_ingest(corpus_store, IngestConfig(**settings, run="masked", nonfinite="mask"))
     store = actstore.open(corpus_store)
     sick = store.sql(
-        "SELECT row FROM tokens WHERE tokenization = ? AND token_id = ?", [store.run("masked").tokenization.id, token_id]
+        "SELECT row FROM tokens WHERE tokenization = ? AND token_id = ?",
+        [store.run("masked").tokenization.id, token_id],
     ).to_dicts()
     assert report.nonfinite == len(sick) > 0
-    everything = store.run("masked").examples(actstore.neuron("embed", 3), k=1000, mask_special=False, mask_sinks=False, fold=None)
+    everything = store.run("masked").examples(
+        actstore.neuron("embed", 3), k=1000, mask_special=False, mask_sinks=False, fold=None
+    )
     assert not {r["row"] for r in sick} & {r["row"] for r in everything.to_dicts()}
     assert len(everything) == store.run("masked").n_rows - len(sick)
 

@@ -28,86 +28,106 @@ def ray():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
+        from ray import cloudpickle
 
         ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        cloudpickle.register_pickle_by_value(synthetic)  # workers do not have the tests on their path
         yield ray
+        cloudpickle.unregister_pickle_by_value(synthetic)
         ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def store_url(tmp_path_factory):
-    url = str(tmp_path_factory.mktemp("ray") / "store")
-    store = actstore.open(url, create=True)
-    import_corpus(store, "texts", synthetic.documents(80))
-    return url
-
-
-def config(**changes):
-    settings = {
-        "corpus": "texts",
-        "model": tiny_models.cached("gpt2"),
-        "hook_points": ["layers.*.resid_post", "layers.1.mlp_act"],
-        "run": "r",
-        "rows_per_unit": 128,
-        "batch_tokens": 256,
-        "device": "cpu",
-    }
-    return IngestConfig(**{**settings, **changes})
-
-
-def content(url, run):
-    found = synthetic.content(actstore.open(url), run)
-    return {
-        u: (rows, bad, tuple((n, s) for _, n, s in objects))
-        for u, (rows, bad, objects) in found["units"].items()
-    }
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ray")
+    url = str(folder / "store")
+    return url, synthetic.make_corpus(url, folder / "tokenizer", n_documents=150)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store_url):
+def undisturbed(made):
     """One process, no Ray."""
-    assert run_ingest(store_url, config(run="alone", ray_address=None)).is_complete
-    return content(store_url, "alone")
+    url, tokenizer = made
+    backend = synthetic.SyntheticBackend()
+    assert run_ingest(url, synthetic.config(tokenizer, run="alone"), backend=backend).is_complete
+    return units_of(url, "alone")
+
+
+def units_of(url, run):
+    """Rows and shard hashes of every unit, whatever the run's name."""
+    found = synthetic.content(actstore.open(url), run)["units"]
+    return {u: (rows, bad, tuple((n, s) for _, n, s in objects)) for u, (rows, bad, objects) in found.items()}
+
+
+def ingest(url, tokenizer, *, progress=None, stop=None, **changes):
+    asked = synthetic.config(tokenizer, ray_address="local", **changes)
+    backend = RayBackend(asked, actstore.open(url), host=synthetic.SyntheticHost)
+    watch = None if progress is None else lambda p: progress(backend, p)
+    return run_ingest(url, asked, backend=backend, progress=watch, stop=stop)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_any_number_of_workers_gives_the_same_store(ray, store_url, undisturbed, workers):
-    report = run_ingest(store_url, config(run=f"w{workers}", workers=workers))
+def test_any_number_of_workers_gives_the_same_store(ray, made, undisturbed, workers):
+    url, tokenizer = made
+    report = ingest(url, tokenizer, run=f"w{workers}", workers=workers)
     assert report.is_complete
     assert report.n_units == len(undisturbed)
-    assert content(store_url, f"w{workers}") == undisturbed
+    assert units_of(url, f"w{workers}") == undisturbed
+    synthetic.check_complete(actstore.open(url), f"w{workers}")
 
 
-def test_killed_actors_are_replaced_and_their_units_run_again(ray, store_url, undisturbed):
-    asked = config(run="killed", workers=2, commit_units=1, commit_interval_s=0.0, max_attempts=10)
-    backend = RayBackend(asked, actstore.open(store_url))
+def test_killed_actors_are_replaced_and_their_units_run_again(ray, made, undisturbed):
+    url, tokenizer = made
     kills = []
 
-    def kill_one(progress):
-        if len(kills) < 3:
-            victim = backend._actors[len(kills) % 2]
-            ray.kill(victim, no_restart=False)
+    def kill_one(backend, progress):
+        if len(kills) < 4:
+            ray.kill(backend._actors[len(kills) % 2], no_restart=False)
             kills.append(progress.units_done)
 
-    report = run_ingest(store_url, asked, backend=backend, progress=kill_one)
-    assert len(kills) == 3
+    report = ingest(
+        url,
+        tokenizer,
+        run="killed",
+        workers=2,
+        commit_units=1,
+        commit_interval_s=0.0,
+        max_attempts=10,
+        progress=kill_one,
+    )
+    assert len(kills) == 4
     assert report.is_complete
-    assert content(store_url, "killed") == undisturbed
-    assert fsck(actstore.open(store_url).storage, deep=True).is_clean
+    assert units_of(url, "killed") == undisturbed
+    assert fsck(actstore.open(url).storage, deep=True).is_clean
 
 
-def test_stop_ends_cleanly_and_the_same_job_goes_on(ray, store_url, undisturbed):
+def test_stop_ends_cleanly_and_the_same_job_goes_on(ray, made, undisturbed):
+    url, tokenizer = made
     stop = threading.Event()
-    asked = config(run="stopped", workers=1, commit_units=1, commit_interval_s=0.0)
-    first = run_ingest(store_url, asked, stop=stop, progress=lambda p: stop.set())
+    settings = {"run": "stopped", "workers": 1, "commit_units": 1, "commit_interval_s": 0.0}
+    first = ingest(url, tokenizer, stop=stop, progress=lambda backend, p: stop.set(), **settings)
     assert not first.is_complete
     assert 0 < first.n_units < len(undisturbed)
-    second = run_ingest(store_url, asked)
+    second = ingest(url, tokenizer, **settings)
     assert second.is_complete
     assert second.units_this_job == len(undisturbed) - first.n_units
-    assert content(store_url, "stopped") == undisturbed
+    assert units_of(url, "stopped") == undisturbed
 
 
-def test_errors_of_a_worker_reach_the_caller_as_themselves(ray, store_url):
+def test_a_real_model_in_an_actor_stores_what_it_stores_here(ray, made):
+    url, _ = made
+    import_corpus(url, "texts", synthetic.documents(40, seed=1))
+    reports = []
+    for name, address in (("here", None), ("there", "local")):
+        asked = IngestConfig(
+            corpus="texts", model=tiny_models.cached("gpt2"), hook_points=["layers.*.resid_post", "layers.1.mlp_act"], run=name,
+            rows_per_unit=128, batch_tokens=256, device="cpu", ray_address=address,
+        )  # fmt: skip
+        reports.append(run_ingest(url, asked))
+    assert all(r.is_complete for r in reports)
+    assert units_of(url, "here") == units_of(url, "there")
+    bad = IngestConfig(
+        corpus="texts", model=tiny_models.cached("gpt2"), hook_points=["layers.0.resid_pst"], run="bad"
+    )
     with pytest.raises(actstore.NotFoundError, match="resid_post"):
-        run_ingest(store_url, config(run="bad", hook_points=["layers.0.resid_pst"]))
+        run_ingest(url, bad)

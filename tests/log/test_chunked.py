@@ -43,5 +43,6 @@ def test_recent_transactions_are_found_and_old_ones_forgotten():
     assert kept == [(v, f"t{v}") for v in range(100, KEPT_TXNS + 100)]
     assert all(txns.version_of(txn) == version for version, txn in kept)
     assert all(txns.version_of(f"t{version}") is None for version in range(100))
-    assert RecentTxns.of(dict(kept)) == txns
-    assert all(RecentTxns.of(dict(kept)).version_of(txn) == version for version, txn in kept)
+    again = RecentTxns.of(dict(kept))
+    assert again == txns
+    assert all(again.version_of(txn) == version for version, txn in kept)

@@ -12,7 +12,7 @@ import pytest
 import actstore
 from actstore.errors import ErrorKind, FormatError, InvalidInputError
 from actstore.query.sql import sql
-from actstore.query.views import VIEWS
+from actstore.query.view_docs import VIEWS
 from tests.query.make_store import WORDS, add_corpus, add_run, add_tokenization, make_store, random_values
 
 
