@@ -9,7 +9,8 @@ import re
 from actstore.errors import ErrorKind, FormatError, InvalidInputError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
-_KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@~=-]{0,199}")
+_KEY_PART = "[A-Za-z0-9_][A-Za-z0-9_.@~=-]{0,199}"
+_KEY = re.compile(rf"{_KEY_PART}(?:/{_KEY_PART})*")
 _RESERVED = frozenset(
     {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
 )
@@ -49,10 +50,14 @@ def check_key(key: str) -> str:
     >>> check_key("runs/a/layers.0.resid_post/c/0/0")
     'runs/a/layers.0.resid_post/c/0/0'
     """
-    parts = key.split("/")
-    if len(key) > 900 or not all(_KEY_PART.fullmatch(p) and ".." not in p for p in parts):
+    if not is_key(key):
         raise FormatError(ErrorKind.MANIFEST_DAMAGED, f"object key {key!r} is not one that actstore writes")
     return key
+
+
+def is_key(key: str) -> bool:
+    """Return whether `key` is one that `check_key` accepts."""
+    return len(key) <= 900 and _KEY.fullmatch(key) is not None and ".." not in key
 
 
 def hook_point_folder(hook_point: str) -> str:

@@ -30,6 +30,8 @@ class ModelDescription:
     """Most tokens in one window; None where positions are unlimited."""
     vocab_size: int | None
     """Token ids must be below this."""
+    equal_lengths: bool = False
+    """Whether batches hold windows of one length only, as padding is not invisible to this model."""
 
 
 class ModelHost:
@@ -101,6 +103,7 @@ class ModelHost:
             attn_implementation=loaded.attn_implementation,
             context=loaded.context_length,
             vocab_size=loaded.vocab_size,
+            equal_lengths=report.equal_lengths,
         )
 
     def _capture_for(self, plan: RunPlan) -> "_BoundCapture":

@@ -177,6 +177,7 @@ def run_config(
         "rows_per_chunk": {name: spec.rows_per_chunk for name, spec in specs.items()},
         "batch_tokens": config.batch_tokens,
         "batch_plan": BATCH_PLAN_VERSION,
+        "equal_lengths": model.equal_lengths,
         "attn_implementation": model.attn_implementation,
         "nonfinite": config.nonfinite,
     }, specs

@@ -59,8 +59,8 @@ def examples(
         run: The run to ask; an unfinished one answers from its stored units, with a warning.
         target: `actstore.neuron(...)`, `actstore.direction(...)`, or several.
         k: Examples per target, at most; 1 to 10,000.
-        sign: "pos": the most positive activations; "neg": the most negative; "abs": the largest of either sign. An
-            activation of 0, or of the other sign, is never an example, so a dead neuron has none.
+        sign: "pos": the largest activations; "neg": the smallest; "abs": those furthest from 0. Where fewer than `k`
+            rows are on the side asked for, rows of 0 or of the other sign follow, and a warning says how many.
         before: Tokens shown before the example.
         after: Tokens shown after it; neither crosses a model window.
         where: SQL condition over columns of `tokens` and of the documents, such as `source = 'web' AND position > 3`.
@@ -97,6 +97,7 @@ def examples(
         tables.update(zip(members, found, strict=True))
         masks[acts.hook_point] = report_mask(report, options)
         warnings += mask_warnings(run, report, sum(map(len, found)), k * len(members))
+        warnings += _sign_warnings(found, sign)
         bytes_read += report.bytes_read
         eligible.append(report.removed.n_kept)
     pieces = [_name_target(tables[i], targets[i]) if several else tables[i] for i in range(len(targets))]
@@ -113,6 +114,16 @@ def examples(
         options=options,
         warnings=warnings,
     )
+
+
+def _sign_warnings(found: Sequence[pa.Table], sign: Sign) -> list[str]:
+    """Return a line when answers are not on the side that was asked for, as of a neuron that never fires."""
+    values = np.concatenate([table["value"].to_numpy() for table in found])
+    wrong = values <= 0 if sign == "pos" else values >= 0 if sign == "neg" else values == 0
+    if not wrong.any():
+        return []
+    side = {"pos": "above 0", "neg": "below 0", "abs": "other than 0"}[sign]
+    return [f"{int(wrong.sum())} of the {len(values)} rows are not {side}: no more rows are"]
 
 
 def check_targets(run: Run, targets: Sequence[Any]) -> list[Neuron | Direction]:

@@ -92,15 +92,20 @@ def _known(upper_tq: Float64s) -> Float64s:
     return np.where(np.isnan(upper_tq), np.inf, upper_tq)
 
 
+def _signed(values: Float64s, sign: Sign) -> Float64s:
+    """Return numbers whose order, largest first, is the one that `sign` asks for."""
+    return values if sign == "pos" else -values if sign == "neg" else np.abs(values)
+
+
 class ProjectionScorer:
-    """Inner products with directions; only rows on the wanted side of zero are answers."""
+    """Inner products with directions, largest first in the sense of `sign`."""
 
     def __init__(self, vectors_qd: Float64s, sign: Sign, neurons: Mapping[int, int] | None = None) -> None:
-        """Take the directions, shape (q, d), and which side of zero counts.
+        """Take the directions, shape (q, d), and which end of the order comes first.
 
         Args:
             vectors_qd: One direction per query.
-            sign: Which inner products are answers.
+            sign: Which inner products come first: the largest, the smallest, or those furthest from zero.
             neurons: Queries whose direction is one dimension, and which: their value is the stored one, whatever else the
                 row holds.
         """
@@ -112,21 +117,15 @@ class ProjectionScorer:
     def upper(self, acts_td: Float32s, norms_t: Float64s) -> Float64s:
         """Return upper bounds of the signed inner products."""
         products = self._products.unit_products(acts_td)
-        signed = products if self.sign == "pos" else -products if self.sign == "neg" else np.abs(products)
         with np.errstate(all="ignore"):
-            bound_tq: Float64s = (signed + self._products.slack(norms_t)) * (
+            bound_tq: Float64s = (_signed(products, self.sign) + self._products.slack(norms_t)) * (
                 self._products.lengths_q * (1 + 1e-12)
             )
-        bound_tq = _known(bound_tq)
-        # A row that is certainly on the other side of zero can never be an answer.
-        bound_tq[bound_tq < 0] = -np.inf
-        return bound_tq
+        return _known(bound_tq)
 
     def exact(self, acts_td: Float32s, query: int) -> Float64s:
-        """Return the signed inner product, `-inf` where it is not above zero."""
-        values = self.value(acts_td, query)
-        signed = values if self.sign == "pos" else -values if self.sign == "neg" else np.abs(values)
-        return np.where(signed > 0, signed, -np.inf)
+        """Return the signed inner product."""
+        return _signed(self.value(acts_td, query), self.sign)
 
     def value(self, acts_td: Float32s, query: int) -> Float64s:
         """Return the inner product."""
@@ -139,27 +138,22 @@ class NeuronScorer:
     """Single dimensions: the stored values are the scores, and exact."""
 
     def __init__(self, indices: list[int], sign: Sign) -> None:
-        """Take the dimensions and which side of zero counts."""
+        """Take the dimensions and which end of the order comes first."""
         self._indices = np.asarray(indices, dtype=np.int64)
         self.n_queries = len(indices)
         self.sign = sign
 
     def upper(self, acts_td: Float32s, norms_t: Float64s) -> Float64s:  # noqa: ARG002 - the protocol's
-        """Return the signed stored values, `-inf` where not above zero."""
-        return self._signed(acts_td[:, self._indices].astype(np.float64))
+        """Return the signed stored values."""
+        return _signed(acts_td[:, self._indices].astype(np.float64), self.sign)
 
     def exact(self, acts_td: Float32s, query: int) -> Float64s:
-        """Return the signed stored value, `-inf` where it is not above zero."""
-        return self._signed(self.value(acts_td, query))
+        """Return the signed stored value."""
+        return _signed(self.value(acts_td, query), self.sign)
 
     def value(self, acts_td: Float32s, query: int) -> Float64s:
         """Return the stored value."""
         return acts_td[:, self._indices[query]].astype(np.float64)
-
-    def _signed(self, values: Float64s) -> Float64s:
-        signed = values if self.sign == "pos" else -values if self.sign == "neg" else np.abs(values)
-        with np.errstate(invalid="ignore"):
-            return np.where(signed > 0, signed, -np.inf)
 
 
 class SimilarityScorer:

@@ -11,13 +11,12 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actstore.errors import FormatError
-from actstore.log.actions import check_fields, damaged, parse_hex
+from actstore.log.actions import check_fields, damaged, parse_hex, parse_int
 from actstore.log.canonical import canonical_json, parse_json_object
-from actstore.log.chunked import ChunkedMap
 from actstore.log.entries import (
     MODULUS,
     entry_hash,
@@ -28,12 +27,12 @@ from actstore.log.entries import (
     parse_seal,
     parse_tomb,
     parse_txn_entry,
-    parse_unit,
 )
 from actstore.log.manifest import sha256_hex
 from actstore.log.state import State
 from actstore.log.txns import RecentTxns
-from actstore.log.values import Collection, Format, Seal, Unit
+from actstore.log.units import UnitMap
+from actstore.log.values import Collection, Format, Seal
 
 CHECKPOINTS = "checkpoints/"
 FMT = "AC-1"
@@ -109,8 +108,8 @@ def decode_checkpoint(data: bytes, name: CheckpointKey) -> State:
             raise damaged(f"its header is {header}")
         with _collector_paused():
             hash_sum = sum(map(entry_hash, lines)) % MODULUS
-            entries = _parse_lines(lines)
-            return _build(name.version, parse_hex(header["manifest_sha256"], 64, "sha256"), entries, hash_sum)
+            sha256 = parse_hex(header["manifest_sha256"], 64, "sha256")
+            return _build(name.version, sha256, lines, _parse_lines(lines), hash_sum)
     except FormatError as error:
         raise FormatError(error.kind, f"{name.key}: {error.message}") from error
 
@@ -153,12 +152,17 @@ def _collector_paused() -> Iterator[None]:
 @dataclass(slots=True)
 class _Parts:
     collection: Collection
-    units: dict[int, Unit]
     epoch: int = 0
     seal: Seal | None = None
+    units: dict[int, bytes] = field(default_factory=dict)
+    rows: int = 0
+    nbytes: int = 0
+    nonfinite: int = 0
 
 
-def _build(version: int, manifest_sha256: str, entries: list[Any], hash_sum: int) -> State:
+def _build(
+    version: int, manifest_sha256: str, lines: list[bytes], entries: list[Any], hash_sum: int
+) -> State:
     named = [(entry_name(plain), plain) for plain in entries]
     parts: dict[tuple[str, str], _Parts] = {}
     formats: list[Format] = []
@@ -167,10 +171,16 @@ def _build(version: int, manifest_sha256: str, entries: list[Any], hash_sum: int
     for name, plain in named:
         if name == "collection":
             collection = parse_collection(plain)
-            parts[collection.kind, collection.id] = _Parts(collection, {})
-    for name, plain in named:
-        if name in ("unit", "epoch", "seal"):
-            _put_part(parts, name, plain)
+            parts[collection.kind, collection.id] = _Parts(collection)
+    for line, (name, plain) in zip(lines, named, strict=True):
+        if name == "unit":
+            _put_unit(_part(parts, plain), plain, line)
+        elif name == "epoch":
+            _part(parts, plain).epoch = parse_epoch(plain)
+        elif name == "seal":
+            part = _part(parts, plain)
+            part.seal = parse_seal(plain)
+            part.nbytes += sum(obj.nbytes for obj in part.seal.objects)
         elif name == "format":
             formats.append(parse_format(plain))
         elif name == "tomb":
@@ -179,50 +189,49 @@ def _build(version: int, manifest_sha256: str, entries: list[Any], hash_sum: int
             txns.update([parse_txn_entry(plain)])
     if len(formats) != 1:
         raise damaged(f"it has {len(formats)} format entries instead of one")
-    collections = {key: _collection(part) for key, part in parts.items()}
     return State(
         version=version,
         manifest_sha256=manifest_sha256,
         format=formats[0],
-        collections=collections,
+        collections={key: _collection(part) for key, part in parts.items()},
         txns=RecentTxns.of(txns),
         tombs=tombs,
         hash_sum=hash_sum,
-        n_units=sum(len(c.units) for c in collections.values()),
-        n_rows=sum(c.rows for c in collections.values()),
-        nbytes=sum(c.nbytes for c in collections.values()),
+        n_units=sum(len(part.units) for part in parts.values()),
+        n_rows=sum(part.rows for part in parts.values()),
+        nbytes=sum(part.nbytes for part in parts.values()),
     )
 
 
-def _put_part(parts: dict[tuple[str, str], _Parts], name: str, plain: dict[str, Any]) -> None:
+def _part(parts: dict[tuple[str, str], _Parts], plain: dict[str, Any]) -> _Parts:
     part = parts.get((str(plain.get("kind")), str(plain.get("id"))))
     if part is None:
-        raise damaged(f"a {name} entry belongs to no collection")
-    if name == "seal":
-        part.seal = parse_seal(plain)
-        return
-    if name == "epoch":
-        part.epoch = parse_epoch(plain)
-    else:
-        unit = parse_unit(plain)
-        part.units[unit.unit] = unit
+        raise damaged("an entry belongs to no collection")
+    return part
+
+
+def _put_unit(part: _Parts, plain: dict[str, Any], line: bytes) -> None:
+    # The numbers are needed now; the rest of the line is taken apart when the unit is asked for.
+    try:
+        unit = parse_int(plain["unit"], "unit")
+        part.units[unit] = line
+        part.rows += plain["rows"]
+        part.nonfinite += plain["nonfinite"]
+        for obj in plain["objects"]:
+            part.nbytes += obj["nbytes"]
+    except (KeyError, TypeError) as error:
+        raise damaged(f"a unit entry lacks a number: {error}") from error
 
 
 def _collection(part: _Parts) -> Collection:
-    base, seal = part.collection, part.seal
-    units = part.units.values()
-    nbytes = sum(obj.nbytes for unit in units for obj in unit.objects)
-    return Collection(
-        kind=base.kind,
-        id=base.id,
-        config=base.config,
-        fingerprint=base.fingerprint,
-        info=base.info,
-        version=base.version,
+    if not (type(part.rows) is type(part.nbytes) is type(part.nonfinite) is int):
+        raise damaged("a unit entry holds something else than an integer")
+    return replace(
+        part.collection,
         epoch=part.epoch,
-        units=ChunkedMap.of(part.units),
-        seal=seal,
-        rows=sum(unit.rows for unit in units),
-        nbytes=nbytes + sum(obj.nbytes for obj in (seal.objects if seal else ())),
-        nonfinite=sum(unit.nonfinite for unit in units),
+        units=UnitMap.of_entries(part.units),
+        seal=part.seal,
+        rows=part.rows,
+        nbytes=part.nbytes,
+        nonfinite=part.nonfinite,
     )

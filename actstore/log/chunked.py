@@ -36,7 +36,7 @@ class ChunkedMap(Mapping[int, V], Generic[V]):
 
     def updated(self, changes: Mapping[int, V], *, removed: Iterable[int] = ()) -> "ChunkedMap[V]":
         """Return a map with `changes` put in and `removed` (keys of this map) taken out; this one stays as it is."""
-        new: ChunkedMap[V] = ChunkedMap()
+        new = type(self)()
         chunks = new._chunks = self._chunks.copy()
         new._len = self._len
         own: set[int] = set()
@@ -55,7 +55,7 @@ class ChunkedMap(Mapping[int, V], Generic[V]):
         return new
 
     def __getitem__(self, key: int) -> V:
-        return self._chunks[key >> _SHIFT][key]
+        return self._value(self._chunks[key >> _SHIFT], key)
 
     def __len__(self) -> int:
         return self._len
@@ -64,8 +64,17 @@ class ChunkedMap(Mapping[int, V], Generic[V]):
         return isinstance(key, int) and key in self._chunks.get(key >> _SHIFT, ())
 
     def __iter__(self) -> Iterator[int]:
+        return (key for _, key in self._places())
+
+    def _value(self, chunk: dict[int, V], key: int) -> V:
+        return chunk[key]
+
+    def _places(self) -> Iterator[tuple[dict[int, V], int]]:
+        """Yield each key, in order, with the chunk it is in."""
         for index in sorted(self._chunks):
-            yield from sorted(self._chunks[index])
+            chunk = self._chunks[index]
+            for key in sorted(chunk):
+                yield chunk, key
 
     def items(self) -> ItemsView[int, V]:
         """Return the pairs in key order."""
@@ -83,11 +92,9 @@ class _Items(ItemsView[int, V]):
     _mapping: ChunkedMap[V]
 
     def __iter__(self) -> Iterator[tuple[int, V]]:
-        chunks = self._mapping._chunks
-        for index in sorted(chunks):
-            chunk = chunks[index]
-            for key in sorted(chunk):
-                yield key, chunk[key]
+        mapping = self._mapping
+        for chunk, key in mapping._places():
+            yield key, mapping._value(chunk, key)
 
 
 class _Values(ValuesView[V]):

@@ -13,7 +13,6 @@ from typing import Any
 
 from actstore.errors import ConflictError, ErrorKind, FormatError, InvalidInputError, NotFoundError
 from actstore.log.canonical import fingerprint
-from actstore.log.chunked import ChunkedMap
 from actstore.log.entries import (
     MODULUS,
     collection_entry,
@@ -28,6 +27,7 @@ from actstore.log.entries import (
 from actstore.log.manifest import Manifest, manifest_key
 from actstore.log.state import State
 from actstore.log.txns import RecentTxns
+from actstore.log.units import UnitMap
 from actstore.log.values import Action, Add, Collection, Create, Fence, Format, Seal, StoredObject, Tomb, Unit
 
 
@@ -172,7 +172,7 @@ class Fold:
             fingerprint=fingerprint(action.config),
             info=action.info,
             version=self.version,
-            units=ChunkedMap(),
+            units=UnitMap(),
         )
         folded[action.kind, action.id.lower()] = action.id
         self._changes[name] = _Change(base=collection, epoch=0)
@@ -353,7 +353,7 @@ def _exists(action: Create, known: Collection) -> ConflictError:
 
 def _changed(change: _Change) -> Collection:
     base = change.base
-    units = base.units if isinstance(base.units, ChunkedMap) else ChunkedMap.of(base.units)
+    units = base.units if isinstance(base.units, UnitMap) else UnitMap.of(base.units)
     return dataclasses.replace(
         base,
         epoch=change.epoch,

@@ -20,6 +20,7 @@ from actstore.log.entries import (
 )
 from actstore.log.manifest import After
 from actstore.log.txns import RecentTxns
+from actstore.log.units import UnitMap
 from actstore.log.values import Collection, Format, StoredObject
 
 
@@ -92,8 +93,11 @@ class State:
             yield collection_entry(collection)
             if collection.epoch:
                 yield epoch_entry(kind, id, collection.epoch)
-            for unit in collection.units.values():
-                yield unit_entry(kind, id, unit)
+            units = collection.units
+            if isinstance(units, UnitMap):
+                yield from units.entries(kind, id)
+            else:
+                yield from (unit_entry(kind, id, unit) for unit in units.values())
             if collection.seal is not None:
                 yield seal_entry(collection.seal)
         for key, not_before in sorted(self.tombs.items()):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     transformers = lazy_import("transformers", needed_for="the demo", extra="ingest")
     transformers.utils.logging.disable_progress_bar()
-    console = Console(stderr=args.json, quiet=args.json)
+    # Where nobody's terminal says how wide it is (a log of CI), 120 columns hold the contexts.
+    console = Console(quiet=args.json, width=None if sys.stdout.isatty() else 120)
     config = TourConfig(ray_address=None if args.no_ray else "local")
     summary = run_tour(Path(args.store), config, console)
     if args.json:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .facts import NO_TOKEN, Ints, TokenFacts
+from .facts import NO_TOKEN, Bools, Ints, TokenFacts
 
 TOP_ROWS = 200
 """Strongest rows looked at per neuron: the top 0.2 % of the demo's corpus."""
@@ -28,6 +28,8 @@ _KIND = 0.9
 """Share that the kind of document must explain when no token does."""
 _ANY_TOKEN = 0.2
 """At most this share on one token counts as "no token in particular"."""
+_STRONGEST, _STRONGEST_FIT = 10, 0.8
+"""Of the very strongest rows so many must fit too: a story that its first examples belie is none."""
 _DOCUMENTS = 0.2
 """Documents among the top rows, per row: fewer, and the neuron knows a few documents by heart."""
 
@@ -78,7 +80,7 @@ class Story:
 def top_rows(
     batches: Iterable[tuple[Ints, npt.NDArray[Any]]], facts: TokenFacts, *, k: int
 ) -> tuple[Ints, npt.NDArray[np.float32]]:
-    """Row numbers and activations of the `k` strongest shown rows of every neuron, in no order.
+    """Row numbers and activations of the `k` strongest shown rows of every neuron, strongest first.
 
     Returns:
         rows (k, d) int64 and values (k, d) float32; where a neuron has fewer than `k` positive activations the rest of
@@ -99,7 +101,8 @@ def top_rows(
         best_rows_kd = np.where(keep_kd < k, old_kd, new_rows[keep_kd])
     if best_rows_kd is None:
         return np.empty((k, 0), np.int64), best_kd
-    return best_rows_kd, best_kd
+    order_kd = np.argsort(-best_kd, axis=0, kind="stable")
+    return np.take_along_axis(best_rows_kd, order_kd, axis=0), np.take_along_axis(best_kd, order_kd, axis=0)
 
 
 def find_stories(hook_point: str, rows_kd: Ints, facts: TokenFacts) -> list[Story]:
@@ -132,13 +135,15 @@ def choose_stories(stories: Iterable[Story], quotas: dict[str, int]) -> list[Sto
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Base:
-    """How common tokens, pairs and kinds are among all shown rows."""
+    """How common tokens, pairs and kinds are among all shown rows, and which tokens are words."""
 
     tokens: Ints
     previous: Ints
     kinds: Ints
     pairs: dict[tuple[int, int], int]
     n_rows: int
+    words: frozenset[int]
+    """Readable tokens that letters seldom follow: " self", but not " re" of " returned"."""
 
     @classmethod
     def of(cls, facts: TokenFacts) -> "_Base":
@@ -151,6 +156,7 @@ class _Base:
             kinds=np.bincount(facts.kind_codes[shown]),
             pairs={(int(p), int(t)): int(n) for (p, t), n in zip(pairs, counts, strict=True)},
             n_rows=int(shown.sum()),
+            words=_words(tokens, previous, facts.words),
         )
 
 
@@ -159,22 +165,22 @@ def _story(hook_point: str, neuron: int, at: Ints, facts: TokenFacts, base: _Bas
     n_documents = len(np.unique(facts.doc_ids[at]))
     if n_documents < _DOCUMENTS * len(at):
         return None
-    tokens, previous = facts.token_ids[at], facts.previous_ids[at]
-    token, token_share = _commonest(tokens)
-    before, before_share = _commonest(previous)
-    kind, kind_share = _commonest(facts.kind_codes[at])
-    pair_share = float(np.mean((tokens == token) & (previous == before)))
-    readable = _is_readable(facts.words[token])
-    pattern, share, base_count = None, 0.0, 0
-    if before != NO_TOKEN and pair_share >= _HALF and (readable or _is_readable(facts.words[before])):
-        pattern, share, base_count = "pair", pair_share, base.pairs[before, token]
-    elif token_share >= _MOST and readable:
-        pattern, share, base_count = "token", token_share, int(base.tokens[token])
-    elif before_share >= _HALF and before != NO_TOKEN and token_share < _HALF:
-        pattern, share, base_count = "after", before_share, int(base.previous[before])
-    elif kind_share >= _KIND and max(token_share, before_share) <= _ANY_TOKEN:
-        pattern, share, base_count = "kind", kind_share, int(base.kinds[kind])
-    if pattern is None:
+    token, is_token = _commonest(facts.token_ids[at])
+    before, is_before = _commonest(facts.previous_ids[at])
+    kind, is_kind = _commonest(facts.kind_codes[at])
+    is_pair = is_token & is_before
+    inner = before != NO_TOKEN
+    if inner and is_pair.mean() >= _HALF and _is_readable(facts.words[before] + facts.words[token]):
+        pattern, fits, base_count = "pair", is_pair, base.pairs[before, token]
+    elif is_token.mean() >= _MOST and token in base.words:
+        pattern, fits, base_count = "token", is_token, int(base.tokens[token])
+    elif inner and is_before.mean() >= _HALF > is_token.mean():
+        pattern, fits, base_count = "after", is_before, int(base.previous[before])
+    elif is_kind.mean() >= _KIND and max(is_token.mean(), is_before.mean()) <= _ANY_TOKEN:
+        pattern, fits, base_count = "kind", is_kind, int(base.kinds[kind])
+    else:
+        return None
+    if fits[:_STRONGEST].mean() < _STRONGEST_FIT:
         return None
     return Story(
         hook_point=hook_point,
@@ -183,19 +189,29 @@ def _story(hook_point: str, neuron: int, at: Ints, facts: TokenFacts, base: _Bas
         token=facts.words[token] if pattern in ("token", "pair") else None,
         previous=facts.words[before] if pattern in ("pair", "after") else None,
         kind=facts.kinds[kind] if pattern == "kind" else None,
-        share=share,
+        share=float(fits.mean()),
         base_share=base_count / base.n_rows,
         n_rows=len(at),
         n_documents=n_documents,
     )
 
 
+def _commonest(values: Ints) -> tuple[int, Bools]:
+    """The most frequent value (the smallest of equals) and where it stands."""
+    found, counts = np.unique(values, return_counts=True)
+    best = int(found[np.argmax(counts)])
+    return best, values == best
+
+
+def _words(tokens: Ints, previous: Ints, texts: dict[int, str]) -> frozenset[int]:
+    begins_with_letter = np.array([texts.get(token, "")[:1].isalpha() for token in range(tokens.max() + 1)])
+    inner = previous != NO_TOKEN
+    followed = np.bincount(previous[inner], weights=begins_with_letter[tokens[inner]])
+    counts = np.bincount(previous[inner])
+    often = np.flatnonzero(followed > counts / 2)
+    readable = {token for token, text in texts.items() if _is_readable(text)}
+    return frozenset(readable - set(often.tolist()))
+
+
 def _is_readable(word: str) -> bool:
     return sum(c.isalpha() for c in word) >= 2
-
-
-def _commonest(values: Ints) -> tuple[int, float]:
-    """The most frequent value (the smallest of equals) and its share."""
-    found, counts = np.unique(values, return_counts=True)
-    best = int(np.argmax(counts))
-    return int(found[best]), float(counts[best] / len(values))

@@ -32,7 +32,7 @@ def heading(console: Console, number: int, title: str) -> None:
 
 def line(console: Console, text: str, *, style: str = "") -> None:
     """One line of words; nothing in it is read as markup."""
-    console.print(Text(visible(text), style=style), highlight=False)
+    console.print(Text(visible(text), style=style), highlight=False, soft_wrap=True)
 
 
 def query(console: Console, sql: str) -> None:

@@ -5,6 +5,8 @@ finished is finished. The questions are asked through `actstore.Store` and `acts
 """
 
 import hashlib
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -245,11 +247,14 @@ def _one_ray(console: Console, address: str | None) -> Iterator[str | None]:
     if address != "local":
         yield address
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Under `uv run` Ray would otherwise build an environment for every worker, from the network.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     ray = lazy_import("ray", needed_for="the demo's ingest", extra="ingest")
     started = time.monotonic()
     ours = not ray.is_initialized()
     if ours:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         show.line(console, f"started Ray on this machine in {time.monotonic() - started:.0f} s")
     try:
         yield address

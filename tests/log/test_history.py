@@ -1,6 +1,7 @@
 """Is the state that a reader gets the newest one, or an error, whatever became of manifests, hint and checkpoints?"""
 
 import contextlib
+import dataclasses
 import random
 import uuid
 
@@ -12,7 +13,8 @@ from actstore.log.checkpoint import decode_checkpoint, encode_checkpoint, is_due
 from actstore.log.hint import Hint, decode_hint, encode_hint
 from actstore.log.manifest import manifest_key
 from actstore.log.tail import read_tail
-from actstore.log.values import Fence, Tomb
+from actstore.log.units import UnitMap
+from actstore.log.values import Fence, StoredObject, Tomb
 from actstore.storage import MemoryStorage
 from actstore.testing.faults import FaultStorage
 from tests.log.harness import ID, KIND, Acks, Client, Session, fresh_memory, new_log
@@ -193,8 +195,6 @@ def test_a_plausible_checkpoint_that_lies_is_passed_over(store):
     """Right name, right packing, right form; only the content is another state's."""
     storage, states = store
     state = newest(states)
-    import dataclasses
-
     collections = {
         name: dataclasses.replace(c, rows=c.rows, units={0: c.units[0]})
         for name, c in state.collections.items()
@@ -215,6 +215,22 @@ def test_checkpoint_round_trip(store):
     assert again == state
     assert encode_checkpoint(again) == (key, data)
     assert again.tombs == dict.fromkeys(("runs/gone/a", "runs/gone/b"), "2026-01-01T00:00:00Z")
+
+
+def test_units_of_a_checkpoint_are_checked_when_they_are_used(store):
+    """A checkpoint may even be one that its manifest vouches for: a key that leaves the store is refused all the same."""
+    storage, _ = store
+    state = CommitLog(storage).latest()
+    ((name, run),) = state.collections.items()
+    hostile = dataclasses.replace(run.units[0], objects=(StoredObject("../../etc/passwd", 1, "0" * 64),))
+    units = UnitMap.of({**run.units, 0: hostile})
+    key, data = encode_checkpoint(
+        dataclasses.replace(state, collections={name: dataclasses.replace(run, units=units)})
+    )
+    read = decode_checkpoint(data, parse_checkpoint_key(key)).collection(*name)
+    assert read.units[1] == run.units[1]
+    with pytest.raises(FormatError, match="passwd"):
+        read.units[0]
 
 
 def test_a_checkpoint_that_unpacks_without_end_is_refused():

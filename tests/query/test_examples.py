@@ -15,8 +15,8 @@ SIGNS = {"pos": lambda v: v, "neg": lambda v: -v, "abs": abs}
 
 
 def signed(value, sign):
-    """A score function: None for a row on the wrong side of zero."""
-    return lambda acts: s if (s := SIGNS[sign](value(acts))) > 0 else None
+    """A score function: larger comes first."""
+    return lambda acts: SIGNS[sign](value(acts))
 
 
 def check(made, result, wanted, value, hook_point=H, run="run"):
@@ -158,7 +158,7 @@ def test_overlapping_windows_fold(overlapping):
     result = made.run().examples(actstore.neuron(H, 9), 10_000)
     check(made, result, top(made, rows, signed(lambda a: a[9], "pos"), 10_000), lambda a: a[9])
     keys = [context_key(made, made.by_row[r["row"]]) for r in result]
-    assert len(keys) == len(set(keys)) < sum(a[9] > 0 for _, a in rows)
+    assert len(keys) == len(set(keys)) < len(rows)
 
 
 def test_rows_and_docs(made):
@@ -177,15 +177,15 @@ def test_rows_and_docs(made):
     assert len(run.examples(target, rows=[])) == 0
 
 
-def test_a_dead_neuron_has_no_examples(tmp_path):
+def test_a_dead_neuron_is_called_one(tmp_path):
     made = make_store(str(tmp_path / "s"), n_documents=5)
     add_run(made, "run", {H: 4}, lambda h, tokens: np.tile(np.float32([0, -1, 2, 2]), (len(tokens), 1)))
     run = made.run()
-    assert len(run.examples(actstore.neuron(H, 0))) == 0
-    assert len(run.examples(actstore.neuron(H, 1))) == 0
-    assert len(run.examples(actstore.neuron(H, 1), sign="neg")) == 20
-    result = run.examples(actstore.neuron(H, 0))
-    assert any("0 rows were found of 20" in w for w in result.meta.warnings)
+    for index, sign in ((0, "pos"), (0, "neg"), (0, "abs"), (1, "pos")):
+        result = run.examples(actstore.neuron(H, index), sign=sign)
+        assert set(result.table["value"].to_pylist()) == {0.0 if index == 0 else -1.0}
+        assert any("20 of the 20 rows are not" in w for w in result.meta.warnings)
+    assert not run.examples(actstore.neuron(H, 1), sign="neg").meta.warnings
     ties = run.examples(actstore.neuron(H, 2), 7, fold=None).table["row"].to_pylist()
     assert ties == [t.row for t in made.tokens if not t.is_special and t.window_position > 0][:7]
 
@@ -193,7 +193,8 @@ def test_a_dead_neuron_has_no_examples(tmp_path):
 def test_all_zero_hook_point(tmp_path):
     made = make_store(str(tmp_path / "s"), n_documents=3)
     add_run(made, "run", {H: 4}, lambda h, tokens: np.zeros((len(tokens), 4), np.float32))
-    assert len(made.run().examples(actstore.direction(H, [1.0, 0, 0, 0]), sign="abs")) == 0
+    result = made.run().examples(actstore.direction(H, [1.0, 0, 0, 0]), sign="abs")
+    assert set(result.table["value"].to_pylist()) == {0.0}
     result = made.run().nearest(H, [1.0, 0, 0, 0])
     assert len(result) == 0
     assert result.meta.mask["removed"]["zero_norm"] > 0

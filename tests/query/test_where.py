@@ -45,11 +45,7 @@ def test_against_plain_python(made, where):
         actstore.neuron(H, 1), 2000, where=where, fold=None, sign="abs", mask_special=False, mask_sinks=False,
         before=0, after=0,
     )  # fmt: skip
-    rows = [
-        t.row
-        for t, a in eligible(made, H, special=False, sinks=False, keep=lambda t: keep(made, t))
-        if a[1] != 0
-    ]
+    rows = [t.row for t, _ in eligible(made, H, special=False, sinks=False, keep=lambda t: keep(made, t))]
     assert sorted(result.table["row"].to_pylist()) == rows
     removed = result.meta.mask[H]["removed"]["where"]
     assert removed == sum(not keep(made, t) for t in made.tokens)
@@ -110,7 +106,7 @@ def test_where_and_every_other_mask_together(made):
         actstore.neuron(H, 1), 500, where="source <> 'web'", docs=range(20), rows=slice(50, 400), fold=None
     )
     keep = lambda t: doc(made, t)["source"] != "web" and t.doc_id < 20 and 50 <= t.row < 400  # noqa: E731
-    rows = [t.row for t, a in eligible(made, H, keep=keep) if a[1] > 0]
+    rows = [t.row for t, a in eligible(made, H, keep=keep)]
     assert sorted(result.table["row"].to_pylist()) == rows
     mask = result.meta.mask[H]
     assert mask["n_rows"] - sum(mask["removed"].values()) == result.meta.n_eligible
