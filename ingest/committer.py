@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from actstore.codec.metadata import zarr_json
-from actstore.codec.spec import ShardSpec
 from actstore.errors import ConflictError, ErrorKind, StorageError
 from actstore.log import CommitLog
 from actstore.log.values import Action, Add, Collection, Fence, Seal, StoredObject

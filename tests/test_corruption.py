@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import actstore
-from actstore import ActstoreError, FormatError
+from actstore import FormatError
 from actstore.ingest import run as run_ingest
 from actstore.log import fsck
 from actstore.storage import open_storage
@@ -104,7 +104,7 @@ def test_no_damage_gives_a_wrong_answer(whole, tmp_path):
         by_kind.setdefault(kind_of(path, copy), []).append(path)
     assert len(by_kind) >= 8, sorted(by_kind)
     caught, harmless = 0, 0
-    for kind, paths in by_kind.items():
+    for paths in by_kind.values():
         for path in rng.sample(paths, 1):
             data = path.read_bytes()
             sibling = next((p.read_bytes() for p in paths if p != path), b"other")
@@ -114,11 +114,7 @@ def test_no_damage_gives_a_wrong_answer(whole, tmp_path):
                 replace(path, changed)
                 try:
                     answer = everything(copy)
-                except FormatError as error:
-                    caught += 1
-                    assert error.kind, f"{kind} {path.name} {what}"
-                except ActstoreError as error:
-                    assert path.name == "_hint" or "manifest" in kind, f"{kind} {path} {what}: {error!r}"
+                except FormatError:
                     caught += 1
                 else:
                     assert answer == truth, f"{path} {what}: a wrong answer"

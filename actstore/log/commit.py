@@ -158,8 +158,9 @@ class CommitLog:
     def commit(self, actions: Sequence[Action], *, txn: str) -> Committed:
         """Make the actions one version, all or none, and return it once it is durable.
 
-        Units that are live already are dropped; when nothing else is left, no version is made. Objects that the
-        actions promise must be stored before. Idempotent: after any error, the same call again does what is missing.
+        Units that are live already are dropped; when nothing else is left, no version is made and `txn` is not kept.
+        Objects that the actions promise must be stored before. Idempotent: after any error, the same call again does
+        what is missing.
 
         Args:
             actions: Applied in order. `Format` is not among them.

@@ -1,1 +1,1 @@
-"""Commands of the `actstore` program that ask questions: one file each."""
+"""Commands of `actstore` that ask: each module has `add_arguments(parser)` and `run(args) -> int`."""

@@ -94,7 +94,7 @@ def test_bad_data_is_not_tried_again():
 def test_a_foreign_exception_becomes_one_of_the_tree_with_its_cause():
     pool = ScriptedPool(1, lambda size: 0, {0: 99}, RuntimeError("the actor died"))
     _, run = schedule(pool, range(1))
-    with pytest.raises(StorageError, match="unit 0 failed 3 times.*the actor died") as caught:
+    with pytest.raises(StorageError, match=r"unit 0 failed 3 times.*the actor died") as caught:
         run()
     assert isinstance(caught.value.__cause__, RuntimeError)
 

@@ -1,0 +1,56 @@
+"""Run the benchmarks and print them as the table of the README: `python -m tests.benchmarks [storage|open|capture|ingest]`.
+
+Every figure is a ratio to a floor measured in the same run, or a time; medians, because machines are shared and noisy.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+
+from tests.benchmarks import bench_capture, bench_ingest, bench_open, bench_storage
+
+Row = tuple[str, str, str]
+"""What was measured, the figure, and what it is measured against."""
+
+
+def storage() -> Iterator[Row]:
+    """Shards: writing, scanning, scattered rows."""
+    for row in bench_storage.bench_storage():
+        yield row.name, f"{row.ratio:.2f}x", f"{row.absolute}; {row.note}"
+
+
+def opening() -> Iterator[Row]:
+    """Opening a store with a long history."""
+    for name, value, unit, note in bench_open.run():
+        yield name, f"{value:.3g} {unit}", note
+
+
+def capture() -> Iterator[Row]:
+    """The capture alone against a loop that only computes."""
+    for name, ratio, absolute, note in bench_capture.run():
+        yield f"capture, {name}", f"{ratio:.2f}x", f"{absolute}; {note}"
+
+
+def ingest() -> Iterator[Row]:
+    """The whole ingest against a loop that only computes."""
+    for name, ratio, target, note in bench_ingest.run():
+        yield name, f"{ratio:.2f}x", f"{note}; target {target}"
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "storage": storage,
+    "open": opening,
+    "capture": capture,
+    "ingest": ingest,
+}
+
+
+def main(names: list[str]) -> None:
+    """Print the table, a row as soon as it is measured."""
+    print("| measured | figure | against |\n|---|---|---|", flush=True)
+    for name in names or list(PARTS):
+        for row in PARTS[name]():
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
