@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from typing import Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="folder or hub name; default: the model's own")
     parser.add_argument("--window", type=int, help="tokens per window; default: the model's context")
     parser.add_argument("--overlap", type=int, default=0, help="tokens shared by neighbouring windows")
-    parser.add_argument("--rows-per-unit", default="auto", help="rows per unit of work, a power of two")
+    parser.add_argument("--rows-per-unit", type=_auto_or_int, default="auto", help="rows per unit of work")
     parser.add_argument("--dtype", default="auto", help="stored type: fp32, fp16, bf16; default: as computed")
     parser.add_argument("--compute-dtype", default="auto", help="type the model computes in")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps")
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         window=args.window,
         overlap=args.overlap,
-        rows_per_unit=args.rows_per_unit if args.rows_per_unit == "auto" else int(args.rows_per_unit),
+        rows_per_unit=args.rows_per_unit,
         dtype=args.dtype,
         compute_dtype=args.compute_dtype,
         device=args.device,
@@ -73,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_report(report, args.store)
     return 0 if report.is_complete else INTERRUPTED
+
+
+def _auto_or_int(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 def _split(text: str) -> list[str]:
