@@ -8,6 +8,9 @@
 Reading a store needs neither torch nor Ray. Writing lives in `actstore.ingest`, answering in `actstore.query`.
 """
 
+import importlib
+from types import ModuleType
+
 from actstore.errors import (
     ActstoreError,
     ConflictError,
@@ -22,7 +25,7 @@ from actstore.result import Result
 from actstore.run import Run
 from actstore.store import Store
 from actstore.store import open_store as open  # noqa: A004 - the name users know from every store of this kind
-from actstore.targets import direction, latent, neuron
+from actstore.targets import direction, latent, neuron, parse_target
 
 __version__ = "0.1.0"
 
@@ -42,4 +45,12 @@ __all__ = [
     "latent",
     "neuron",
     "open",
+    "parse_target",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Return `actstore.ingest` or `actstore.query`, imported when first named: reading needs neither."""
+    if name in ("ingest", "query"):
+        return importlib.import_module(f"actstore.{name}")
+    raise AttributeError(f"module 'actstore' has no attribute {name!r}")
