@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
     ),
-    pytest.mark.xdist_group("ray"),
 ]
 
 
