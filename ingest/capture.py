@@ -40,9 +40,6 @@ Int64Array = npt.NDArray[np.int64]
 _PROBE_SHAPES = ((2, 5), (3, 4))
 """Windows x tokens of the passes that find widths: two, so that a dimension that only happens to fit shows."""
 
-_BLOCK_VALUES = 1 << 20
-"""Values looked at together when counting: 2 to 4 MiB, which stays in cache."""
-
 
 @dataclass(frozen=True, slots=True)
 class CaptureStats:
@@ -320,23 +317,4 @@ def _first_tensor(name: str, value: Any) -> "torch.Tensor":
     raise InvalidInputError(
         ErrorKind.BAD_ARGUMENT,
         f"hook point {name!r} carries no tensor but {type(value).__name__}: name another module",
-    )
-
-
-def count_nonfinite(stored: npt.NDArray[Any]) -> int:
-    """Return how many values of a stored array (float32, float16, or bfloat16 as uint16) are NaN or infinite.
-
-    >>> count_nonfinite(np.array([0x3F80, 0x7F80, 0xFFC0], np.uint16))  # 1.0, inf, nan
-    2
-    """
-    # All exponent bits set: the only test that needs neither bfloat16 arithmetic nor a float copy.
-    bits, exponent = {
-        np.dtype(np.float32): (np.uint32, 0x7F800000),
-        np.dtype(np.float16): (np.uint16, 0x7C00),
-        np.dtype(np.uint16): (np.uint16, 0x7F80),
-    }[stored.dtype]
-    flat, mask = stored.reshape(-1).view(bits), bits(exponent)
-    return sum(
-        int(np.count_nonzero((flat[i : i + _BLOCK_VALUES] & mask) == mask))
-        for i in range(0, flat.size, _BLOCK_VALUES)
     )

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from actstore.dtypes import count_nonfinite
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError, StorageError
 from actstore.hook_points import LAYER_PARTS
-from actstore.ingest.capture import Capturer, count_nonfinite
+from actstore.ingest.capture import Capturer
 from actstore.ingest.models import load_model
 from tests.ingest.tiny_models import FAMILIES, MORE_FAMILIES, cached
 
@@ -388,7 +389,7 @@ def test_infinities_of_the_model_itself_are_data_and_not_overflow():
         stored_array = (
             rows.view(torch.int16).numpy().view(np.uint16) if stored == "bfloat16" else rows.numpy()
         )
-        assert count_nonfinite(stored_array) == 3
+        assert count_nonfinite(stored_array, stored) == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -399,8 +400,8 @@ def test_count_nonfinite(dtype):
         bits.view(np.int32) if dtype == "float32" else bits.astype(np.uint16).view(np.int16)
     ).view(getattr(torch, dtype))
     array = tensor.numpy() if dtype != "bfloat16" else tensor.view(torch.int16).numpy().view(np.uint16)
-    assert count_nonfinite(array) == int((~tensor.isfinite()).sum()) > 0
-    assert count_nonfinite(array[:0]) == 0
+    assert count_nonfinite(array, dtype) == int((~tensor.isfinite()).sum()) > 0
+    assert count_nonfinite(array[:0], dtype) == 0
 
 
 def test_bad_input_is_refused():
