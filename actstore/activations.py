@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from actstore.checks import check_whole
 from actstore.codec.layout import RowLayout, parse_layout
 from actstore.codec.read import RowReader
 from actstore.codec.scan import scan_slabs
@@ -185,8 +186,9 @@ class Activations:
             InvalidInputError: `batch_rows` or `columns` out of range.
             FormatError: an object is missing or damaged.
         """
-        if batch_rows < 1:
-            raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"batch_rows is {batch_rows!r}: use at least 1")
+        batch_rows = check_whole(batch_rows, what="batch_rows", least=1)
+        # No batch is larger than the largest unit, so buffers need not be either.
+        batch_rows = min(batch_rows, max((unit.n_rows for unit in self._layout.units), default=1))
         slabs = scan_slabs(
             self._reader,
             batch_rows=batch_rows,
@@ -335,8 +337,8 @@ def _as_int64(values: Any, *, what: str) -> npt.NDArray[np.int64]:
     ):
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
-            f"{what} must be an int, a slice or a flat list of ints, not an array of shape {array.shape} and dtype "
-            f"{array.dtype} (np.flatnonzero turns a boolean mask into one)",
+            f"{what} must be an int below 2^63, a slice or a flat list of such ints, not an array of shape {array.shape} and "
+            f"dtype {array.dtype} (np.flatnonzero turns a boolean mask into one)",
         )
     return array.astype(np.int64, copy=False)
 

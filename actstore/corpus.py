@@ -1,14 +1,15 @@
 """What does a corpus hold, and how are single documents read from it? (FORMAT.md, section 7)"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actstore.errors import ErrorKind, NotFoundError
+from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.log.values import Collection, Unit
 from actstore.objects import ObjectReader
 
@@ -64,8 +65,10 @@ class Corpus:
 
         Raises:
             NotFoundError: a number outside `[0, n_documents)`.
+            InvalidInputError: numbers that are not whole, or a column that the corpus has not.
         """
-        wanted = np.asarray(doc_ids, dtype=np.int64)
+        wanted = _whole_numbers(doc_ids)
+        _check_columns(columns, self.columns, self.id)
         bad = wanted[(wanted < 0) | (wanted >= self.n_documents)]
         if bad.size:
             raise NotFoundError(
@@ -81,11 +84,36 @@ class Corpus:
             if inside.size:
                 pieces.append(_read_documents(self.objects.file(part.objects[0]), inside, names))
         if not pieces:
-            return (
-                pq.read_schema(self.objects.file(self.parts[0].objects[0])).empty_table().select(names or [])
-            )
+            nothing = pq.read_schema(self.objects.file(self.parts[0].objects[0])).empty_table()
+            return nothing if names is None else nothing.select(names)
         table = pa.concat_tables(pieces)
         return table.take(pa.array(np.searchsorted(unique, wanted)))
+
+
+def _whole_numbers(doc_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    try:
+        wanted = np.asarray(doc_ids)
+    except ValueError:  # lists of unequal length
+        wanted = np.zeros((0, 0))
+    if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"documents are asked for as a flat list of whole numbers, got {doc_ids!r:.80}",
+        )
+    return wanted.astype(np.int64)
+
+
+def _check_columns(columns: Sequence[str] | None, known: Mapping[str, str], corpus: str) -> None:
+    if isinstance(columns, str):
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"columns= is a list of names, got the one name {columns!r}: write [{columns!r}]",
+        )
+    for name in columns or ():
+        if name not in known:
+            raise InvalidInputError(
+                ErrorKind.MISSING_COLUMN, f"corpus {corpus!r} has no column {name!r}, only {', '.join(known)}"
+            )
 
 
 def _read_documents(path: str, doc_ids: np.ndarray, columns: list[str] | None) -> pa.Table:

@@ -84,13 +84,18 @@ def canonical_hook_point(name: str) -> str:
     Layers may be patterns, which are kept.
 
     Raises:
-        InvalidInputError: a `module:` name whose path or side could not be one.
+        InvalidInputError: no text, or a `module:` name whose path or side could not be one.
 
     >>> canonical_hook_point("blocks.3.hook_resid_post"), canonical_hook_point("layers.{4..8}.mlp")
     ('layers.3.resid_post', 'layers.{4..8}.mlp_out')
     >>> canonical_hook_point("module:layers.0.mlp.gate")
     'module:layers.0.mlp.gate:output'
     """
+    if not isinstance(name, str):
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"a hook point's name is text like 'layers.3.resid_post', got {name!r:.80}",
+        )
     name = name.strip()
     if name.startswith("module:"):
         return _canonical_module(name)

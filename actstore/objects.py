@@ -9,10 +9,12 @@ hash. A checked file is remembered by its path, size, times and inode, so a late
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +26,12 @@ from actstore.storage import Storage, read_verified
 
 _REMEMBERED_FILES = 65_536
 
+_COPY = re.compile(r"[0-9a-f]{64}|\.fetch-.+")
+"""Names that copies and half-fetched ones have: nothing else in the folder is ever deleted."""
+
+_FETCHES = 3
+"""Times a copy is fetched that another process drops, or damages, before it was checked."""
+
 
 class ObjectReader:
     """Reads promised objects of one storage. Safe for use from many threads."""
@@ -34,12 +42,14 @@ class ObjectReader:
         Args:
             storage: Where the objects are.
             cache_dir: Folder for copies of remote objects; None for the user's cache folder.
-            cache_bytes: The copies' total size is brought under this after each new one; the newest always stays.
+            cache_bytes: Bound of the copies' total size, kept by dropping the oldest; those of one call always stay.
         """
         self.storage = storage
         self._cache_dir = cache_dir
         self._cache_bytes = cache_bytes
         self._checked: OrderedDict[tuple[object, ...], None] = OrderedDict()
+        self._room = 0
+        """Bytes of new copies before the folder must be looked at again."""
         self._lock = threading.Lock()
 
     def read(self, obj: StoredObject) -> bytes:
@@ -56,11 +66,26 @@ class ObjectReader:
         Raises:
             FormatError: the object is missing or damaged.
         """
-        local = self.storage.local_path(obj.key)
-        if local is None:
-            return self._cached_copy(obj)
-        self._check_file(local, obj)
-        return local
+        return self.files([obj])[0]
+
+    def files(self, objects: Sequence[StoredObject]) -> list[str]:
+        """Return the paths of local files that hold exactly the promised bytes, in order.
+
+        Copies that one call returns do not push each other out, whatever their size.
+
+        Raises:
+            FormatError: an object is missing or damaged.
+        """
+        keep = {obj.sha256 for obj in objects}
+        paths = []
+        for obj in objects:
+            local = self.storage.local_path(obj.key)
+            if local is None:
+                local = self._cached_copy(obj, keep)
+            else:
+                self._check_file(local, obj)
+            paths.append(local)
+        return paths
 
     def table(self, obj: StoredObject, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a Parquet object as an Arrow table, checked, with only `columns` read."""
@@ -93,13 +118,19 @@ class ObjectReader:
             while len(self._checked) > _REMEMBERED_FILES:
                 self._checked.popitem(last=False)
 
-    def _cached_copy(self, obj: StoredObject) -> str:
+    def _cached_copy(self, obj: StoredObject, keep: AbstractSet[str]) -> str:
         folder = self._folder()
-        path = folder / obj.sha256
-        if path.exists():
-            with contextlib.suppress(FormatError):  # a damaged copy is simply fetched again
-                self._check_file(str(path), obj)
-                return str(path)
+        path = str(folder / obj.sha256)
+        for _ in range(_FETCHES):
+            with contextlib.suppress(FormatError):  # no copy yet, or a damaged one: it is simply fetched
+                self._check_file(path, obj)
+                return path
+            self._fetch(obj, folder, path)
+            self._make_room(folder, obj.nbytes, keep)
+        self._check_file(path, obj)
+        return path
+
+    def _fetch(self, obj: StoredObject, folder: Path, path: str) -> None:
         handle, tmp = tempfile.mkstemp(dir=folder, prefix=".fetch-")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -109,9 +140,6 @@ class ObjectReader:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(tmp)
             raise
-        self._evict(folder, keep=path)
-        self._check_file(str(path), obj)
-        return str(path)
 
     def _folder(self) -> Path:
         if self._cache_dir is None:
@@ -120,17 +148,32 @@ class ObjectReader:
         self._cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         return self._cache_dir
 
-    def _evict(self, folder: Path, *, keep: Path) -> None:
+    def _make_room(self, folder: Path, nbytes: int, keep: AbstractSet[str]) -> None:
+        """Count a new copy, and now and then look at the folder: its copies may be many, and others write there too."""
+        with self._lock:
+            self._room -= nbytes
+            if self._room >= 0:
+                return
+        total = self._evict(folder, keep)
+        with self._lock:
+            self._room = max(0, self._cache_bytes - total) // 2
+
+    def _evict(self, folder: Path, keep: AbstractSet[str]) -> int:
+        """Drop the oldest copies but those to keep if there are too many, and return the size of what is left."""
         entries = []
         for entry in os.scandir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                stat = entry.stat()
-                entries.append((stat.st_mtime_ns, stat.st_size, entry.path))
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total <= self._cache_bytes:
-                break
-            if path != str(keep):
+            if _COPY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+                    stat = entry.stat(follow_symlinks=False)
+                    entries.append((stat.st_mtime_ns, stat.st_size, entry.name))
+        total = sum(size for _, size, _ in entries)
+        if total <= self._cache_bytes:
+            return total
+        for _, size, name in sorted(entries):
+            if total <= self._cache_bytes * 7 // 8:  # not at the bound: the next copies need no other look
+                break
+            if name not in keep:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(folder / name)
                 total -= size
+        return total

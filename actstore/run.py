@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actstore._lazy import lazy_import
-from actstore.errors import ErrorKind, NotFoundError
+from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.hook_points import canonical_hook_point
 from actstore.log.values import Collection
 from actstore.names import hook_point_folder
-from actstore.stats import HookPointStats, empty_stats, merge_stats, stats_from_table
+from actstore.stats import HookPointStats, empty_stats, is_stats_key, merge_stats, stats_from_table
 from actstore.tokenization import Tokenization
 
 if TYPE_CHECKING:
@@ -100,12 +100,12 @@ class Run:
         """
         entry = self._hook_point_entry(hook_point)
         name = entry["name"]
-        if self.collection.seal is not None:
-            objects = [o for o in self.collection.seal.objects if "/stats/" in o.key]
-        else:
-            objects = [o for u in self.collection.units.values() for o in u.objects if "/stats/" in o.key]
+        seal, units = self.collection.seal, self.collection.units.values()
+        objects = seal.objects if seal is not None else (o for u in units for o in u.objects)
         total = empty_stats(name, int(entry["d_model"]))
         for obj in objects:
+            if not is_stats_key(self.id, obj.key):
+                continue
             total = merge_stats(total, stats_from_table(self.store.objects.table(obj))[name])
         return total
 
@@ -127,6 +127,11 @@ class Run:
         The model is loaded from where the run's was; that it is the same is checked. See
         `actstore.ingest.encode_text.encode_text`.
         """
+        if isinstance(texts, str):
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"texts are a list of strings, got the one string {texts[:60]!r}: write [text]",
+            )
         module = lazy_import("actstore.ingest.encode_text", needed_for="a query by text", extra="ingest")
         tokenization = self.tokenization
         answer: list[Any] = module.encode_text(

@@ -20,6 +20,12 @@ _SHOWN_CHARS = 200
 _LEAST_WIDTH = 10
 """Terminal columns that a column of an answer needs to be readable, its frame included."""
 
+_CONTEXT_WIDTH = 110
+"""Terminal columns below which a context would be squeezed by the columns that it makes dispensable."""
+
+_TOLD_BY_CONTEXT = ("position", "token_id", "token")
+"""What the marked token of a context, and its row number, say too."""
+
 _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that show as nothing or move other text: controls, formats (bidi, zero width), line ends."""
@@ -56,6 +62,10 @@ def is_context(type_: pa.DataType) -> bool:
 def terminal_table(table: pa.Table, *, width: int) -> Table:
     """Return the first rows as a rich table for `width` columns; text of the corpus is never read as rich markup."""
     shown = Table()
+    if width < _CONTEXT_WIDTH and any(is_context(field.type) for field in table.schema):
+        hidden = [name for name in _TOLD_BY_CONTEXT if name in table.column_names]
+        table = table.drop_columns(hidden)
+        shown.caption = Text(f"{', '.join(hidden)}: in a wider terminal, or as data") if hidden else None
     if table.num_columns * _LEAST_WIDTH > width:
         return _records(shown, table)
     for field in table.schema:

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from actstore.checks import check_whole
 from actstore.codec.plan import Int64s, Piece, plan_pieces
 from actstore.codec.read import RowReader, wait_for
 from actstore.dtypes import StoredArray, stored_dtype, to_float32
@@ -96,15 +97,12 @@ class Shuffled:
         Raises:
             InvalidInputError: an argument out of range.
         """
-        readers = reader.threads if n_readers is None else n_readers
-        if min(batch_rows, buffer_bytes, num_workers, readers) < 1 or not 0 <= worker_index < num_workers:
-            raise InvalidInputError(
-                ErrorKind.BAD_ARGUMENT,
-                f"batch_rows={batch_rows}, buffer_bytes={buffer_bytes}, n_readers={n_readers} and num_workers={num_workers} "
-                f"must be positive, and worker_index={worker_index} below num_workers",
-            )
-        if not 0 <= seed < 1 << 63:
-            raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"seed {seed} must be from 0 to 2^63 - 1")
+        batch_rows = check_whole(batch_rows, what="batch_rows", least=1)
+        buffer_bytes = check_whole(buffer_bytes, what="buffer_bytes", least=1)
+        readers = reader.threads if n_readers is None else check_whole(n_readers, what="n_readers", least=1)
+        num_workers = check_whole(num_workers, what="num_workers", least=1)
+        worker_index = check_whole(worker_index, what="worker_index", least=0, most=num_workers - 1)
+        seed = check_whole(seed, what="seed", least=0, most=(1 << 63) - 1)
         self._reader = reader
         self._dtype = dtype
         self._threads = readers
@@ -135,6 +133,10 @@ class Shuffled:
             InvalidInputError: the state is of other rows, another seed or other sizes, or not a state at all.
         """
         identity = self._identity()
+        if not isinstance(state, Mapping):
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT, f"a state is the dictionary that state() gave, got {state!r:.80}"
+            )
         different = [key for key in identity if state.get(key) != identity[key]]
         if different:
             key = different[0]
@@ -227,6 +229,7 @@ class _Groups:
             rows.append(of_group[picked])
             values.append(stored[picked])
             start = end
+            del stored  # or a batch that spans two groups would hold a third one
         if len(rows) == 1:
             return rows[0], values[0]
         return np.concatenate(rows), np.concatenate(values)

@@ -182,6 +182,15 @@ STATS_SCHEMA = pa.schema(
 )
 
 
+def is_stats_key(run: str, key: str) -> bool:
+    """Return whether `key` is where a run's statistics are stored, of a unit or of the whole run.
+
+    >>> is_stats_key("stats", "runs/stats/embed/c/0/0"), is_stats_key("a", "runs/a/stats/all-00.parquet")
+    (False, True)
+    """
+    return key.startswith(f"runs/{run}/stats/")
+
+
 def stats_to_table(stats: Iterable[HookPointStats]) -> pa.Table:
     """Return one table row per hook point (`STATS_SCHEMA`)."""
     rows = [

@@ -1,12 +1,15 @@
 """What does a store hold, and how is it opened, pinned and asked?"""
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actstore._lazy import lazy_import
+from actstore.checks import check_whole
 from actstore.corpus import Corpus
+from actstore.errors import ErrorKind, InvalidInputError
 from actstore.log import CommitLog, State
 from actstore.objects import ObjectReader
 from actstore.run import Run
@@ -40,6 +43,7 @@ class Store:
         self.log = log
         self.objects = objects
         self.storage_options = storage_options
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Store({self.storage.url!r}, version={self.version}, runs={[r.id for r in self.runs()]})"
@@ -63,15 +67,18 @@ class Store:
         Raises:
             NotFoundError: there is no such version.
         """
-        return self._with_state(self.log.at(version))
+        return self._with_state(self.log.at(_check_version(version)))
 
     def latest(self) -> "Store":
         """Return the same store at its newest version; one small read when nothing is new."""
         return self._with_state(self.log.refresh(self.state))
 
     def refresh(self) -> "Store":
-        """Move this object to the newest version and return it."""
-        self.state = self.log.refresh(self.state)
+        """Move this object to the newest version and return it; never back, whatever other threads do."""
+        newest = self.log.refresh(self.state)
+        with self._lock:
+            if newest.version > self.state.version:
+                self.state = newest
         return self
 
     def corpora(self) -> list[Corpus]:
@@ -147,6 +154,7 @@ def open_store(
 
     Raises:
         NotFoundError: there is no store at `url` (and `create` is false), or no such version.
+        InvalidInputError: `url` is no path or URL of a store, or `version` no whole number.
         FormatError: the store is damaged, its history is cut short, or it is of a newer format.
         StorageError: the storage cannot be reached, or `create` on one that cannot be written safely.
 
@@ -154,7 +162,9 @@ def open_store(
     >>> store.version, store.runs()
     (0, [])
     """
-    storage = open_storage(os.fspath(url), create=create, storage_options=storage_options)
+    if version is not None:
+        version = _check_version(version)
+    storage = open_storage(_check_url(url), create=create, storage_options=storage_options)
     log = CommitLog(storage)
     state = log.create() if create else log.latest()
     if version is not None:
@@ -162,6 +172,20 @@ def open_store(
     cache = None if cache_dir is None else Path(cache_dir)
     objects = ObjectReader(storage, cache_dir=cache, cache_bytes=cache_bytes)
     return Store(storage, state, log=log, objects=objects, storage_options=storage_options)
+
+
+def _check_url(url: str | os.PathLike[str]) -> str:
+    path = os.fspath(url) if isinstance(url, str | os.PathLike) else url
+    if not isinstance(path, str):
+        raise InvalidInputError(
+            ErrorKind.BAD_URL, f"a store is opened by its path or URL, got {url!r:.80}: give it as text"
+        )
+    return path
+
+
+def _check_version(version: int) -> int:
+    # Negative ones are told apart from those of the store where the store's are known.
+    return check_whole(version, what="version", least=-(1 << 63))
 
 
 def _reopen(url: str, version: int, storage_options: Mapping[str, Any] | None) -> Store:

@@ -16,6 +16,9 @@ from actstore.names import check_name
 MAX_WIDTH = 1 << 20
 """Longest vector accepted; the widest hook points known are below 2^18."""
 
+MAX_VALUE = 1e200
+"""Largest component of a direction: its product with any stored row is a number."""
+
 MAX_VALUES = 1 << 27
 """Most numbers in one array of vectors: 1 GiB as float64."""
 
@@ -101,7 +104,7 @@ def direction(hook_point: str, vector: npt.ArrayLike, name: str | None = None) -
         name: What answers call it; default: "vector".
 
     Raises:
-        InvalidInputError: not a vector of finite numbers, or all zeros.
+        InvalidInputError: not a vector of finite numbers, all zeros, or beyond what can be computed with.
 
     >>> direction("layers.3.resid_post", [0.0, 1.0]).label
     'direction:layers.3.resid_post:vector'
@@ -116,6 +119,11 @@ def direction(hook_point: str, vector: npt.ArrayLike, name: str | None = None) -
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
             f"direction of {values.size} zeros: every row projects to 0 on it; give a vector that points somewhere",
+        )
+    if np.abs(values).max() > MAX_VALUE:
+        raise InvalidInputError(
+            ErrorKind.OVERFLOW,
+            f"direction has values beyond {MAX_VALUE:g}, onto which rows cannot be projected: scale it down",
         )
     values.setflags(write=False)
     return Direction(canonical_hook_point(hook_point), values, "vector" if name is None else str(name))
@@ -146,6 +154,10 @@ def parse_target(text: str) -> Target:
     >>> parse_target("neuron:module:model.layers.0.mlp:output:7")
     Neuron(hook_point='module:model.layers.0.mlp:output', index=7)
     """
+    if not isinstance(text, str):
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"a target's text is like 'neuron:layers.3.mlp_act:7', got {text!r:.80}"
+        )
     kind, _, rest = text.partition(":")
     # A hook point may hold colons (`module:<path>:output`), an index or file name may not.
     where, _, what = rest.rpartition(":")
@@ -175,9 +187,11 @@ def load_vectors(path: str | os.PathLike[str]) -> npt.NDArray[np.float64]:
             ErrorKind.SOURCE_NOT_FOUND, f"vector file {os.fspath(path)!r} does not exist"
         ) from error
     except (OSError, ValueError, EOFError) as error:
+        # What numpy cannot read it takes for a pickle, and says how to load one: advice for nobody.
+        why = f" ({error})" if "pickle" not in str(error) else ""
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
-            f"{os.fspath(path)!r} is no .npy file of numbers ({error}): write it with numpy.save(path, vector)",
+            f"{os.fspath(path)!r} is no .npy file of numbers{why}: write it with numpy.save(path, vector)",
         ) from error
     if not isinstance(values, np.ndarray):
         raise InvalidInputError(

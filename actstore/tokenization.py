@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from actstore.checks import is_whole
 from actstore.corpus import Corpus
 from actstore.errors import ErrorKind, NotFoundError
 from actstore.log.values import Collection, StoredObject, Unit
@@ -69,11 +70,11 @@ class Tokenization:
             NotFoundError: no such unit.
             FormatError: the object is missing or damaged.
         """
-        entry = self.collection.units.get(unit)
+        entry = self.collection.units.get(unit) if is_whole(unit) else None
         if entry is None:
             raise NotFoundError(
                 ErrorKind.ROW_NOT_FOUND,
-                f"unit {unit} was asked for, tokenization {self.id!r} has {len(self.collection.units)} units",
+                f"unit {unit!r:.80} was asked for, tokenization {self.id!r} has {len(self.collection.units)} units",
             )
         return self.objects.table(entry.objects[0], columns)
 

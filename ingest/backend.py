@@ -6,6 +6,7 @@ shell: all it does is call the plain object of the same name.
 
 import os
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Protocol
 
 from actstore._lazy import lazy_import
@@ -14,7 +15,7 @@ from actstore.store import Store
 
 from .committer import Committer
 from .config import IngestConfig
-from .host import ModelDescription, ModelHost
+from .host import Job, ModelDescription, ModelHost
 from .local_pool import LocalPool
 from .scheduler import Completion, Pool
 from .unit import RunPlan, WrittenUnit
@@ -94,7 +95,8 @@ class RayBackend:
         self._ray = _import_ray()
         self._config = config
         self._owns_ray = _start_ray(self._ray, config.ray_address)
-        options = _actor_options(self._ray.cluster_resources(), config)
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        options = actor_options(nodes, workers=config.workers, device=config.device)
         threads = max(1, int(options["num_cpus"]))
         remote = self._ray.remote(host).options(
             max_concurrency=_IN_FLIGHT_PER_ACTOR, max_restarts=-1, max_task_retries=0, **options
@@ -107,11 +109,11 @@ class RayBackend:
         refs = [actor.describe.remote() for actor in self._actors]
         descriptions: list[ModelDescription] = [_get(self._ray, ref) for ref in refs]
         for other in descriptions[1:]:
-            if other.fingerprint != descriptions[0].fingerprint:
+            if other != descriptions[0]:
                 raise InvalidInputError(
                     ErrorKind.BAD_MODEL,
-                    f"two workers loaded different models from {self._config.model!r}: "
-                    f"{descriptions[0].fingerprint} and {other.fingerprint}; pin a revision, or use one shared folder",
+                    f"two workers loaded or compute {self._config.model!r} differently: {descriptions[0]} and {other}; pin "
+                    "a revision, or use one shared folder, and workers of one kind",
                 )
         return descriptions[0]
 
@@ -151,7 +153,7 @@ class RayPool:
     def __init__(self, ray: Any, actors: Sequence[Any], store: Store, plan: RunPlan) -> None:
         self._ray = ray
         self._actors = actors
-        self._job = ray.put((store, plan))
+        self._job = ray.put(Job(store.url, store.version, store.storage_options, plan))
         self._load = [0] * len(actors)
         self._refs: dict[Any, tuple[int, int]] = {}
 
@@ -217,14 +219,51 @@ def _start_ray(ray: Any, address: str | None) -> bool:
     return True
 
 
-def _actor_options(resources: Mapping[str, float], config: IngestConfig) -> dict[str, float]:
-    """Return the share of the cluster that each worker reserves: all of it, divided evenly."""
-    cpus = resources.get("CPU", 1.0) / config.workers
-    gpus = resources.get("GPU", 0.0) / config.workers
-    options: dict[str, float] = {"num_cpus": float(int(cpus)) if cpus >= 1 else cpus}
-    if gpus and config.device in ("auto", "cuda"):
-        options["num_gpus"] = float(int(gpus)) and 1.0 if gpus >= 1 else gpus
-    return options
+def actor_options(nodes: Sequence[Mapping[str, float]], *, workers: int, device: str) -> dict[str, float]:
+    """Return what each worker reserves: as much as lets all of them run at once, each on one node.
+
+    An actor that fits on no node would wait for ever. With GPUs, workers go where the GPUs are, each to one GPU or a share
+    of it.
+
+    Args:
+        nodes: Resources of every node, as Ray names them.
+        workers: Actors to place.
+        device: Of the ingest; GPUs are used for `auto` and `cuda`.
+
+    >>> actor_options([{"CPU": 4.0}, {"CPU": 4.0}], workers=1, device="auto")
+    {'num_cpus': 4.0}
+    >>> actor_options([{"CPU": 8.0, "GPU": 3.0}], workers=4, device="auto")
+    {'num_cpus': 2.0, 'num_gpus': 0.5}
+    """
+    with_gpu = [n for n in nodes if n.get("GPU", 0.0) >= 1] if device in ("auto", "cuda") else []
+    slots = [workers] * len(nodes)
+    options = {}
+    if with_gpu:
+        nodes = with_gpu
+        share = next(s for s in _shares(1, workers) if sum(_fitting(n, "GPU", s) for n in nodes) >= workers)
+        slots = [_fitting(n, "GPU", share) for n in nodes]
+        options["num_gpus"] = _rounded(share)
+    most = max((int(n.get("CPU", 0.0)) for n in nodes), default=0)
+    if not most:
+        return {"num_cpus": 1.0, **options}  # no node that may work yet: an autoscaler answers to this
+    for share in _shares(most, workers):
+        if sum(min(_fitting(n, "CPU", share), s) for n, s in zip(nodes, slots, strict=True)) >= workers:
+            return {"num_cpus": _rounded(share), **options}
+    return {"num_cpus": 0.0, **options}
+
+
+def _shares(most: int, workers: int) -> list[Fraction]:
+    """Return the amounts that a worker might get, largest first: whole ones, then parts of one."""
+    return [*map(Fraction, range(most, 0, -1)), *(Fraction(1, n) for n in range(2, workers + 1))]
+
+
+def _fitting(node: Mapping[str, float], resource: str, share: Fraction) -> int:
+    return int(Fraction(node.get(resource, 0.0)) / share)
+
+
+def _rounded(share: Fraction) -> float:
+    """Ray counts in ten-thousandths: rounded down, or the last worker would find no place."""
+    return int(share * 10_000) / 10_000
 
 
 def _get(ray: Any, ref: Any) -> Any:

@@ -15,7 +15,7 @@ from actstore.log import CommitLog
 from actstore.log.values import Action, Add, Collection, Fence, Seal, StoredObject
 from actstore.names import hook_point_folder
 from actstore.objects import ObjectReader
-from actstore.stats import HookPointStats, merge_stats, stats_from_table, stats_to_table
+from actstore.stats import HookPointStats, is_stats_key, merge_stats, stats_from_table, stats_to_table
 from actstore.storage import write_new
 
 from .unit import RunPlan, WrittenUnit, parquet_bytes
@@ -61,11 +61,22 @@ class Committer:
         """Declare the run complete: write each hook point's `zarr.json` and the run's statistics, then commit.
 
         Idempotent; a run that is sealed already stays as it is.
+
+        Raises:
+            ConflictError: units are missing, or a newer job has fenced this one off.
+            FormatError: a unit's statistics are missing or damaged.
+            StorageError: the storage failed; nothing is lost, seal again.
         """
         state = self.log.latest()
         run = state.collection(KIND, self.plan.run)
         if run.is_sealed:
             return state.version
+        if len(run.units) != n_units:
+            raise ConflictError(
+                ErrorKind.COUNT_DIFFERS,
+                f"cannot seal run {self.plan.run!r} with {len(run.units)} of its {n_units} units: run the same ingest again "
+                "to compute the rest",
+            )
         objects = [*self._write_array_metadata(n_units), self._write_stats(run)]
         seal = Seal(
             kind=KIND,
@@ -89,7 +100,7 @@ class Committer:
     def _write_stats(self, run: Collection) -> StoredObject:
         totals: dict[str, HookPointStats] = {}
         for u in sorted(run.units):
-            obj = next(o for o in run.units[u].objects if "/stats/" in o.key)
+            obj = next(o for o in run.units[u].objects if is_stats_key(self.plan.run, o.key))
             for name, stats in stats_from_table(self.objects.table(obj)).items():
                 totals[name] = merge_stats(totals[name], stats) if name in totals else stats
         table = stats_to_table(totals[name] for name in self.plan.specs)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from actstore.checks import check_whole
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.names import check_name
 
@@ -101,8 +102,9 @@ class IngestConfig:
         """
         check_name(self.run, what="run name")
         check_name(self.corpus, what="corpus name")
-        if isinstance(self.hook_points, str) or not self.hook_points:
-            raise _bad("hook_points", self.hook_points, "a non-empty list of hook points")
+        names = self.hook_points
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+            raise _bad("hook_points", names, "a non-empty list of hook points")
         for field in ("dtype", "compute_dtype"):
             value = getattr(self, field)
             if value != "auto" and value not in DTYPES:
@@ -112,17 +114,25 @@ class IngestConfig:
         if self.nonfinite not in POLICIES:
             raise _bad("nonfinite", self.nonfinite, f"one of {', '.join(POLICIES)}")
         for field in ("workers", "batch_tokens", "max_attempts", "commit_units"):
-            if getattr(self, field) < 1:
-                raise _bad(field, getattr(self, field), "at least 1")
-        if self.window is not None and self.window < 2:
-            raise _bad("window", self.window, "at least 2 tokens")
+            check_whole(getattr(self, field), what=field, least=1)
+        if self.window is not None:
+            check_whole(self.window, what="window", least=2)
+        check_whole(self.overlap, what="overlap", least=0)
+        if self.rows_per_unit != "auto":
+            check_whole(self.rows_per_unit, what="rows_per_unit", least=1)
+        if not isinstance(self.commit_interval_s, int | float) or not self.commit_interval_s >= 0:
+            raise _bad("commit_interval_s", self.commit_interval_s, "seconds of 0 or more")
+        for field in ("model", "tokenizer", "revision", "device", "attn_implementation", "ray_address"):
+            value = getattr(self, field)
+            if not isinstance(value, str) and (value is not None or field in ("model", "device")):
+                raise _bad(field, value, "text")
         if self.ray_address is None and self.workers > 1:
             raise _bad("workers", self.workers, "1 without Ray: drop --no-ray to use more")
         return self
 
 
 def _bad(field: str, value: object, expected: str) -> InvalidInputError:
-    return InvalidInputError(ErrorKind.BAD_ARGUMENT, f"{field} must be {expected}, got {value!r}")
+    return InvalidInputError(ErrorKind.BAD_ARGUMENT, f"{field} must be {expected}, got {value!r:.80}")
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -132,6 +132,7 @@ def _tokenize(
     tokenizer.no_padding()
     # Not part of tokenizer.json.
     tokenizer.encode_special_tokens = split_special_tokens
+    _check_texts(texts)
     encodings: list[Any] = tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
     for text, encoding in zip(texts, encodings, strict=True):
         if not 1 <= len(encoding.ids) <= window:
@@ -142,6 +143,22 @@ def _tokenize(
                 f" {window}: {'shorten it' if encoding.ids else 'write something'}",
             )
     return encodings
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    for text in texts:
+        if not isinstance(text, str):
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT, f"a text to run the model on must be a string, got {text!r:.80}"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(
+                ErrorKind.BAD_DOCUMENT,
+                f"text {text[:60]!r} has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which "
+                "is half a character: write it as UTF-8",
+            ) from error
 
 
 def _load(

@@ -4,11 +4,11 @@ A `ModelHost` is a plain object; the Ray backend makes an actor of it, the local
 """
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from actstore.store import Store
+from actstore.store import Store, open_store
 
 from .capture import Capturer
 from .config import DTYPES, IngestConfig
@@ -34,6 +34,20 @@ class ModelDescription:
     """Whether batches hold windows of one length only, as padding is not invisible to this model."""
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run's work for workers elsewhere. Opens nothing by itself: it arrives with every unit, the store is opened once."""
+
+    url: str
+    version: int
+    storage_options: Mapping[str, Any] | None = field(repr=False)
+    plan: RunPlan
+
+    def open_store(self) -> Store:
+        """Return the store at the version that the job was planned for."""
+        return open_store(self.url, version=self.version, storage_options=self.storage_options)
+
+
 class ModelHost:
     """One copy of the model, loaded when first needed. Two threads may run units at once."""
 
@@ -49,7 +63,7 @@ class ModelHost:
         self._lock = threading.Lock()
         self._capturer: Capturer | None = None
         self._description: ModelDescription | None = None
-        self._writers: dict[tuple[str, int], UnitWriter] = {}
+        self._bound: tuple[tuple[str, RunPlan], UnitWriter] | None = None
 
     def describe(self) -> ModelDescription:
         """Load the model, find the hook points, and prove on a probe batch that they are captured rightly.
@@ -66,19 +80,22 @@ class ModelHost:
 
     def run_unit(self, store: Store, plan: RunPlan, unit: int) -> WrittenUnit:
         """Compute and store one unit of a run; see `UnitWriter.run_unit`."""
+        return self._writer(store.url, plan, lambda: store).run_unit(unit)
+
+    def run_job_unit(self, job: Job, unit: int) -> WrittenUnit:
+        """Do the same with store and plan as one argument, which Ray keeps once per machine."""
+        return self._writer(job.url, job.plan, job.open_store).run_unit(unit)
+
+    def _writer(self, url: str, plan: RunPlan, open_: Callable[[], Store]) -> UnitWriter:
         self.describe()
         with self._lock:
-            writer = self._writers.get((plan.fingerprint, plan.epoch))
-            if writer is None:
-                writer = UnitWriter(
-                    store.storage, store.tokenization(plan.tokenization), plan, self._capture_for(plan)
-                )
-                self._writers = {(plan.fingerprint, plan.epoch): writer}
-        return writer.run_unit(unit)
-
-    def run_job_unit(self, job: tuple[Store, RunPlan], unit: int) -> WrittenUnit:
-        """Do the same with store and plan as one argument, which Ray keeps once per machine."""
-        return self.run_unit(*job, unit)
+            # The whole plan: two runs of one configuration differ in nothing but the name, and must not share a writer.
+            if self._bound is None or self._bound[0] != (url, plan):
+                store = open_()
+                tokenization = store.tokenization(plan.tokenization)
+                writer = UnitWriter(store.storage, tokenization, plan, self._capture_for(plan))
+                self._bound = (url, plan), writer
+            return self._bound[1]
 
     def _load(self) -> None:
         import torch

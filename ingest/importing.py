@@ -112,8 +112,7 @@ def import_corpus(
         subset: Subset (configuration) of a hub dataset.
         revision: Branch, tag or commit of a hub dataset.
         id_column: Column that becomes `source_key`; None for file and line.
-        columns: Metadata columns to keep, None for all. Types are the source's own; of JSONL and Python records the
-            narrowest that holds every value.
+        columns: Metadata columns to keep, None for all. JSONL and Python records get the narrowest types that hold all.
         rename: New names of metadata columns.
         stringify: Columns to store as text: strings as they are, all else as JSON.
         max_document_bytes: A larger document is a bad one.
@@ -129,49 +128,71 @@ def import_corpus(
         ConflictError: the store has other documents under this name.
         StorageError: the store cannot be written, or the temporary folder is full.
 
-    >>> report = import_corpus("memory://doctest-import", "hello", ["Hello, world.", "Hello again."])
-    >>> report.n_documents, report.n_bytes, report.is_new
-    (2, 25, True)
+    >>> import_corpus("memory://doctest-import", "hello", ["Hello, world.", "Hello again."]).n_documents
+    2
     """
     check_corpus_name(name)
     _check_arguments(on_bad_document, duplicates, max_document_bytes, part_bytes)
-    layout = Layout(
-        text_column,
-        id_column,
-        None if columns is None else tuple(columns),
-        frozenset(stringify),
-        max_document_bytes,
-        ColumnNames(rename),
-    )
+    kept, texts = None if columns is None else tuple(columns), frozenset(stringify)
+    layout = Layout(text_column, id_column, kept, texts, max_document_bytes, ColumnNames(rename))
     options = ReadOptions(text_column, _wanted(layout), max_document_bytes)
     opened = open_source(
         source, options=options, source_format=source_format, split=split, subset=subset, revision=revision
     )
-    if opened.schema is not None:
-        check_columns(opened.schema.names, layout, where=opened.description)
-        check_text_type(opened.schema, text_column, where=opened.description)
+    _check_schema(opened, layout)
     store = open_store(store, create=True) if isinstance(store, str | os.PathLike) else store
-    bad = BadDocuments(on_bad_document)
     with Spool(spool_dir) as spool:
-        _read(opened, layout, bad, spool, rename or {}, progress)
+        job = _Import(opened, layout, BadDocuments(on_bad_document), spool, duplicates, progress)
+        return job.run(store, name, rename or {}, part_bytes)
+
+
+def _check_schema(source: Source, layout: Layout) -> None:
+    if source.schema is not None:
+        check_columns(source.schema.names, layout, where=source.description)
+        check_text_type(source.schema, layout.text_column, where=source.description)
+
+
+@dataclass(frozen=True, slots=True)
+class _Import:
+    """Reads a source into a spool, and makes a corpus of what is there."""
+
+    source: Source
+    layout: Layout
+    bad: BadDocuments
+    spool: Spool
+    duplicates: str
+    progress: ProgressCallback | None
+
+    def run(self, store: Store, name: str, rename: Mapping[str, str], part_bytes: int) -> ImportReport:
+        spool = self.spool
+        _read(self.source, self.layout, self.bad, spool, rename, self.progress)
+        renamed = self.layout.names.renamed  # complete only now
         first = spool.first_occurrences()
-        keep = first if duplicates == "drop" else np.ones(len(first), bool)
-        publication = _Publication(store, name, spool, keep, part_bytes, progress)
-        info = {"source": opened.description, "text_column": text_column, "duplicates": duplicates}
-        meta = {"n_empty": spool.n_empty, "n_duplicates": int((~first).sum()), "n_skipped": bad.n_skipped}
-        content, version = publication.run(info, {**meta, "renamed": layout.names.renamed})
-    n_documents = int(content.config["n_documents"])
-    return ImportReport(
-        name=name,
-        n_documents=n_documents,
-        n_bytes=int(content.config["text_bytes"]),
-        **meta,
-        n_parts=len(store.state.collection("corpus", name).units),
-        renamed=layout.names.renamed,
-        warnings=(*opened.warnings, *bad.warnings(), *_content_warnings(spool, meta, duplicates)),
-        version=version,
-        is_new=bool(content.adds),
-    )
+        keep = first if self.duplicates == "drop" else np.ones(len(first), bool)
+        publication = _Publication(store, name, spool, keep, part_bytes, self.progress)
+        info = {
+            "source": self.source.description,
+            "text_column": self.layout.text_column,
+            "duplicates": self.duplicates,
+        }
+        meta = {
+            "n_empty": spool.n_empty,
+            "n_duplicates": int((~first).sum()),
+            "n_skipped": self.bad.n_skipped,
+        }
+        content, version = publication.run(info, {**meta, "renamed": renamed})
+        warnings = _content_warnings(spool, meta, self.duplicates)
+        return ImportReport(
+            name=name,
+            n_documents=int(content.config["n_documents"]),
+            n_bytes=int(content.config["text_bytes"]),
+            **meta,
+            n_parts=len(store.state.collection("corpus", name).units),
+            renamed=renamed,
+            warnings=(*self.source.warnings, *self.bad.warnings(), *warnings),
+            version=version,
+            is_new=bool(content.adds),
+        )
 
 
 def check_corpus_name(name: str) -> str:

@@ -83,8 +83,8 @@ def run_ingest(
         config: What to do.
         progress: Called after every commit.
         notice: Called with a line of text as each step begins.
-        stop: When set, no new unit is begun, those running are finished and committed, and the report says so. SIGINT and
-            SIGTERM do the same when this is called in the main thread.
+        stop: When set, no new unit is begun, those running are finished and committed, and the report says so. Once units
+            run, SIGINT and SIGTERM do the same when this is called in the main thread; a second SIGINT interrupts.
         backend: Where the model runs, closed at the end; None for what `config.ray_address` says.
 
     Returns:
@@ -106,13 +106,15 @@ def run_ingest(
     say(f"loading {config.model}")
     backend = backend or open_backend(config, store)
     try:
+        model = backend.describe()
+        _stored_dtype(config, model)  # refused before the corpus is tokenized
+        tokenization = _tokenize(store, config, model, say)
+        collection = _create_or_find(store, config, model, tokenization)
+        if collection.is_sealed:
+            say(f"run {config.run} is complete already")
+            return _report(store, config.run, Counters(), 0, 0.0)
+        # Only now: before, there is no unit to wait for, and an interrupt should end loading or tokenizing at once.
         with _stop_on_signals(stop):
-            model = backend.describe()
-            tokenization = _tokenize(store, config, model, say)
-            collection = _create_or_find(store, config, model, tokenization)
-            if collection.is_sealed:
-                say(f"run {config.run} is complete already")
-                return _report(store, config.run, Counters(), 0, 0.0)
             return _run_units(store, config, backend, collection, progress, say, stop)
     finally:
         backend.close()
@@ -147,16 +149,21 @@ def _tokenize(
     return tokenization
 
 
-def run_config(
-    config: IngestConfig, model: ModelDescription, tokenization: Tokenization
-) -> tuple[dict[str, Any], dict[str, ShardSpec]]:
-    """Return what shapes the run's numbers, as stored and fingerprinted, and the shard layout by hook point."""
+def _stored_dtype(config: IngestConfig, model: ModelDescription) -> str:
     stored = model.compute_dtype if config.dtype == "auto" else DTYPES[config.dtype]
     if config.codec == "cold" and stored != "bfloat16":
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
             f"codec 'cold' is for bfloat16 and would barely shrink {stored}: store bf16, or use hot or lz4",
         )
+    return stored
+
+
+def run_config(
+    config: IngestConfig, model: ModelDescription, tokenization: Tokenization
+) -> tuple[dict[str, Any], dict[str, ShardSpec]]:
+    """Return what shapes the run's numbers, as stored and fingerprinted, and the shard layout by hook point."""
+    stored = _stored_dtype(config, model)
     specs = {
         name: plan_spec(
             rows_per_unit=tokenization.rows_per_unit, d_model=width, dtype=stored, codec=config.codec
@@ -196,8 +203,12 @@ def _create_or_find(
             "host": platform.node(),
             "actstore": actstore.__version__,
         }
-        with contextlib.suppress(ConflictError):  # another job was first: what it made is compared below
+        try:
             store.log.commit([Create(KIND, config.run, wanted, info)], txn=uuid.uuid4().hex)
+        except ConflictError:
+            # Another job may have been first: what it made is compared below. Anything else is the caller's to know.
+            if (KIND, config.run) not in store.refresh().state.collections:
+                raise
         existing = store.refresh().state.collection(KIND, config.run)
     if existing.fingerprint != fingerprint(wanted):
         lines = "\n  ".join(config_differences(existing.config, wanted))
@@ -321,4 +332,5 @@ def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # None: not installed from Python, and not to be had back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

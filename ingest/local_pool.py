@@ -4,6 +4,7 @@ Two threads: while one unit is encoded and written, the next is computed. Comput
 holds a lock), so memory is two units' rows.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
@@ -41,4 +42,11 @@ class LocalPool:
 
 def _completion(unit: int, future: Future[WrittenUnit]) -> Completion:
     error = future.exception()
-    return Completion(unit, error=error) if error else Completion(unit, written=future.result())
+    if error is None:
+        return Completion(unit, written=future.result())
+    # The frames of a failed unit hold its rows, on the model's device too: the next try may need that memory.
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    return Completion(unit, error=error)

@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import posixpath
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import fsspec
+import fsspec.spec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actstore._lazy import missing
-from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.errors import ErrorKind, InvalidInputError, NotFoundError, StorageError
 
 from .records import BATCH_BYTES, BATCH_ROWS, BadDocuments, ReadOptions, Records, Source
 
@@ -39,6 +41,7 @@ _TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".sqlite", ".db")
 
 KNOWN_SUFFIXES = (*_SUFFIX_FORMATS, *_COMPRESSED, *_TABLES, ".txt", ".md")
 _BOM = b"\xef\xbb\xbf"
+_REMOTE_BUFFER = 1 << 20
 _MAX_ESCAPE = 6
 """Bytes of JSON (`\\u0041`) that one byte of text may take."""
 
@@ -57,6 +60,23 @@ class SourceFile:
     """Its path below the source, with `/`: what keys and messages call it."""
 
 
+def without_secrets(path: str) -> str:
+    """Return a URL without what may be credentials: user information and, of a web address, query and fragment.
+
+    What is shown here ends up in the corpus for good, and in every document's `source_key`.
+
+    >>> without_secrets("https://me:secret@host/a.jsonl?signature=secret"), without_secrets("s3://bucket/a?.jsonl")
+    ('https://host/a.jsonl', 's3://bucket/a?.jsonl')
+    """
+    protocol, separator, place = path.partition("://")
+    if not separator:
+        return path
+    if "http" in protocol:
+        place = re.split("[?#]", place, maxsplit=1)[0]
+    authority, slash, rest = place.partition("/")
+    return f"{protocol}://{authority.rpartition('@')[2]}{slash}{rest}"
+
+
 def path_exists(path: str) -> bool:
     """Return whether a path, glob or URL names anything."""
     return bool(_list_files(path))
@@ -70,6 +90,7 @@ def file_source(path: str, *, options: ReadOptions, source_format: str | None) -
         InvalidInputError: files of several formats, or of one that is not read.
     """
     files = _list_files(path)
+    path = without_secrets(path)  # from here on it is only shown and stored
     if not files:
         raise NotFoundError(
             ErrorKind.SOURCE_NOT_FOUND,
@@ -92,13 +113,24 @@ def file_source(path: str, *, options: ReadOptions, source_format: str | None) -
 
 def _list_files(path: str) -> list[SourceFile]:
     try:
-        fs, root = fsspec.core.url_to_fs(path)
+        return _find(*fsspec.core.url_to_fs(path))
     except ImportError as error:
-        raise missing(str(error), needed_for=f"reading {path}", extra="all") from error
+        raise missing(str(error), needed_for=f"reading {without_secrets(path)}", extra="all") from error
     except ValueError as error:
-        raise InvalidInputError(ErrorKind.BAD_URL, f"source {path!r} cannot be opened: {error}") from error
+        raise InvalidInputError(
+            ErrorKind.BAD_URL, f"source {without_secrets(path)!r} cannot be opened: {error}"
+        ) from error
+    except Exception as error:
+        # Every file system raises errors of its own, which do not name the source.
+        raise StorageError(
+            ErrorKind.STORAGE_FAILED,
+            f"source {without_secrets(path)!r} cannot be listed ({type(error).__name__}): check address, network and permissions",
+        ) from error
+
+
+def _find(fs: Any, root: str) -> list[SourceFile]:
     if fs.isfile(root):
-        return [SourceFile(fs, root, posixpath.basename(root))]
+        return [SourceFile(fs, root, posixpath.basename(without_secrets(root)))]
     if fs.isdir(root):
         base, paths = root, fs.find(root)
     else:
@@ -164,6 +196,8 @@ def _opened(file: SourceFile) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, lzma.open(raw, "rb"))  # noqa: SIM115 - closed with the raw file
         elif suffix == ".zst":
             yield cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd")))
+        elif isinstance(raw, fsspec.spec.AbstractBufferedFile):  # remote: its own readline() takes no limit
+            yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), _REMOTE_BUFFER))
         else:
             yield cast(BinaryIO, raw)
 

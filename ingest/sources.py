@@ -15,7 +15,7 @@ from actstore.errors import ErrorKind, InvalidInputError
 
 from .records import BATCH_BYTES, BATCH_ROWS, BadDocuments, ReadOptions, Records, Source
 from .source_datasets import dataset_source, hub_source, is_hub_name, is_saved_dataset, saved_dataset_source
-from .source_files import FORMATS, file_source, path_exists
+from .source_files import FORMATS, file_source, path_exists, without_secrets
 
 SOURCE_FORMATS = (*FORMATS, "hub")
 
@@ -57,6 +57,13 @@ def open_source(
             return saved_dataset_source(path, split=split)
         if source_format is None and is_hub_name(path) and not path_exists(path):
             return hub_source(path, split=split, subset=subset, revision=revision)
+        for argument, value in (("split", split), ("subset", subset), ("revision", revision)):
+            if value is not None:
+                raise InvalidInputError(
+                    ErrorKind.BAD_ARGUMENT,
+                    f"{argument}={value!r} is for datasets, and {without_secrets(path)!r} names files: leave it out, or give a "
+                    "dataset's name",
+                )
         return file_source(path, options=options, source_format=source_format)
     return _memory_source(source, options=options, split=split)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from actstore.checks import check_whole
 from actstore.corpus import Corpus
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.log import fingerprint
@@ -14,6 +15,9 @@ from .windows import auto_rows_per_unit, check_window
 
 FORMAT = 1
 """Version of the rules that cut documents into rows; part of the fingerprint."""
+
+_MOST_ROWS_PER_UNIT = 1 << 24
+"""A unit is computed, and lost in a crash, as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +51,12 @@ def plan_tokenization(
     found = store.refresh().corpus(corpus)
     fast = load_tokenizer(tokenizer, revision=revision)
     template = Encoder(fast, add_special_tokens=add_special_tokens).template
-    window = default_window(fast) if window is None else window
+    window = default_window(fast) if window is None else check_whole(window, what="window", least=0)
+    check_whole(overlap, what="overlap", least=0)
     check_window(window=window, overlap=overlap, prefix=template.prefix, suffix=template.suffix)
     text_bytes = int(found.collection.config["text_bytes"])
     rows = auto_rows_per_unit(text_bytes, window=window) if rows_per_unit == "auto" else rows_per_unit
+    check_whole(rows, what="rows_per_unit", least=1, most=_MOST_ROWS_PER_UNIT)
     if rows < window:
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,

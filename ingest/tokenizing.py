@@ -105,6 +105,7 @@ def tokenize_corpus(
     Raises:
         NotFoundError: no such store or corpus.
         InvalidInputError: a tokenizer that cannot be used, or settings that cannot work.
+        ConflictError: the store has another tokenization under the id that this one would have.
         StorageError: the store cannot be written, or a worker process died; run again to go on.
     """
     store = open_store(store) if isinstance(store, str | os.PathLike) else store
@@ -125,6 +126,12 @@ def tokenize_corpus(
         revision=revision,
     )
     existing = store.state.collections.get(("tokenization", plan.id))
+    if existing is not None and existing.fingerprint != fingerprint(plan.config):
+        raise ConflictError(
+            ErrorKind.CONFIG_DIFFERS,
+            f"tokenization {plan.id!r} exists with the configuration {dict(existing.config)}, and {plan.config} was asked for: "
+            "their hashes begin alike; change the window, the overlap or the rows per unit",
+        )
     n_before = 0 if existing is None else len(existing.units)
     if existing is None or not existing.is_sealed:
         _Job(store, plan, n_workers, units_per_commit, progress).run(existing)

@@ -107,18 +107,16 @@ class UnitWriter:
     def _write(self, unit: int, out: dict[str, Rows], tokens: pa.Table) -> WrittenUnit:
         attempt = uuid.uuid4().hex
         objects: list[StoredObject] = []
-        stats: list[HookPointStats] = []
         sums: dict[str, Sums] = {}
         n_rows = tokens.num_rows
+        # All are checked before the first shard is written: a refused unit must leave nothing behind under fixed keys.
+        found = {name: self._checked_stats(unit, name, out[name], tokens) for name in self._plan.specs}
         for name, spec in self._plan.specs.items():
-            rows = out.pop(name)
-            # Checked before the shard is written: a refused unit must leave nothing behind under the fixed key.
-            own = stored_stats(name, spec, rows)
-            if own.nonfinite and self._plan.nonfinite == "error":
-                raise self._nonfinite_error(unit, own, rows, spec, tokens)
-            shards, adopted, sums[name] = self._write_shards(unit, name, spec, rows)
+            shards, adopted, sums[name] = self._write_shards(unit, name, spec, out.pop(name))
             objects += shards
-            stats.append(own if adopted is None else stored_stats(name, spec, adopted))
+            if adopted is not None:
+                found[name] = self._checked_stats(unit, name, adopted, tokens)
+        stats = list(found.values())
         sums_key = f"runs/{self._plan.run}/sums/{unit:08}-{attempt}.bin"
         sums_data, sums_meta = pack_sums(sums_key, sums)
         objects.append(write_new(self._storage, sums_key, [sums_data]))
@@ -155,18 +153,12 @@ class UnitWriter:
             pieces.append(piece)
         return objects, np.concatenate(pieces) if adopted else None, np.concatenate(sums)
 
-    def _nonfinite_error(
-        self, unit: int, stats: HookPointStats, rows: Rows, spec: ShardSpec, tokens: pa.Table
-    ) -> InvalidInputError:
-        bad = ~np.isfinite(to_float32(rows, spec.dtype)).all(axis=1)
-        documents = np.unique(tokens["doc_id"].to_numpy()[bad])
-        shown = ", ".join(map(str, documents[:5])) + (", ..." if len(documents) > 5 else "")
-        return InvalidInputError(
-            ErrorKind.NON_FINITE,
-            f"unit {unit}: {stats.nonfinite} activations of {stats.hook_point!r} in {int(bad.sum())} rows are NaN or "
-            f"infinite (documents {shown}); nothing of this unit was stored. Check the model, compute in float32 or "
-            "bfloat16, or store and count them with nonfinite='mask'",
-        )
+    def _checked_stats(self, unit: int, name: str, rows: Rows, tokens: pa.Table) -> HookPointStats:
+        spec = self._plan.specs[name]
+        stats = stored_stats(name, spec, rows)
+        if stats.nonfinite and self._plan.nonfinite == "error":
+            raise _nonfinite_error(unit, stats, rows, spec, tokens)
+        return stats
 
 
 def window_starts(doc_ids: Rows, windows: Rows) -> Rows:
@@ -187,6 +179,20 @@ def stored_stats(hook_point: str, spec: ShardSpec, rows: Rows) -> HookPointStats
         block = to_float32(rows[start : start + _STATS_ROWS], spec.dtype)
         total = merge_stats(total, block_stats(hook_point, block))
     return total
+
+
+def _nonfinite_error(
+    unit: int, stats: HookPointStats, rows: Rows, spec: ShardSpec, tokens: pa.Table
+) -> InvalidInputError:
+    bad = ~np.isfinite(to_float32(rows, spec.dtype)).all(axis=1)
+    documents = np.unique(tokens["doc_id"].to_numpy()[bad])
+    shown = ", ".join(map(str, documents[:5])) + (", ..." if len(documents) > 5 else "")
+    return InvalidInputError(
+        ErrorKind.NON_FINITE,
+        f"unit {unit}: {stats.nonfinite} activations of {stats.hook_point!r} in {int(bad.sum())} rows are NaN or "
+        f"infinite (documents {shown}); the unit was not stored. Check the model, compute in float32 or "
+        "bfloat16, or store and count them with nonfinite='mask'",
+    )
 
 
 def adopt_shard(storage: Storage, key: str, spec: ShardSpec, *, n_rows: int) -> tuple[StoredObject, Rows]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import numpy as np
 import pyarrow as pa
 
 from actstore.activations import Activations
+from actstore.checks import MAX_BYTES, check_whole
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.result import Meta, Result
 from actstore.run import Run
@@ -37,6 +37,15 @@ class RowOptions:
     mask_sinks: bool = True
     fold: Fold = "context"
     memory_bytes: int = DEFAULT_MEMORY_BYTES
+
+    def __post_init__(self) -> None:
+        """Check the limit on memory.
+
+        Raises:
+            InvalidInputError: not a whole number of bytes.
+        """
+        # Too little for the question at hand is told where that is known.
+        check_whole(self.memory_bytes, what="memory_bytes", least=1, most=MAX_BYTES)
 
     @property
     def masks(self) -> Masks:
@@ -168,8 +177,3 @@ def make_result(
         elapsed_s=time.perf_counter() - start,
     )
     return Result(table, meta)
-
-
-def is_whole(value: object) -> bool:
-    """Return whether a value is a whole number, booleans not counted."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))

@@ -100,8 +100,10 @@ class Eligibility:
         self.removed = Removed()
         self._tokenization = run.tokenization
         top = self._tokenization.rows_per_unit * len(self._tokenization.units)
-        self._rows = check_selection(masks.rows, top, what="row")
-        self._docs = check_selection(masks.docs, self._tokenization.corpus.n_documents, what="document")
+        self._rows = check_selection(masks.rows, top, name="rows", what="row")
+        self._docs = check_selection(
+            masks.docs, self._tokenization.corpus.n_documents, name="docs", what="document"
+        )
         self._stack = ExitStack()
         self._predicate = None
         if masks.where is not None:
@@ -162,7 +164,7 @@ class Eligibility:
         return rows
 
 
-def check_selection(selection: Selection, stop: int, *, what: str) -> Int64s | None:
+def check_selection(selection: Selection, stop: int, *, name: str, what: str) -> Int64s | None:
     """Return the selected numbers, sorted and unique; None for all.
 
     Raises:
@@ -174,7 +176,7 @@ def check_selection(selection: Selection, stop: int, *, what: str) -> Int64s | N
     if isinstance(selection, slice):
         if (selection.start or 0) < 0 or (selection.stop or 0) < 0 or (selection.step or 1) < 1:
             raise InvalidInputError(
-                ErrorKind.BAD_ARGUMENT, f"{what}s={selection!r}: numbers never count from the end"
+                ErrorKind.BAD_ARGUMENT, f"{name}={selection!r}: numbers never count from the end"
             )
         selection = range(*selection.indices(stop))
     try:
@@ -184,7 +186,7 @@ def check_selection(selection: Selection, stop: int, *, what: str) -> Int64s | N
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
-            f"{what}s= must be whole numbers or a slice, got {type(selection).__name__} of {values.dtype}",
+            f"{name}= must be whole numbers or a slice, got {type(selection).__name__} of {values.dtype}",
         )
     numbers = np.unique(values.astype(np.int64))
     if numbers.size and (numbers[0] < 0 or numbers[-1] >= stop):

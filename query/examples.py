@@ -5,7 +5,7 @@ scan at the speed of the disk, shared by all targets of a hook point, is the hon
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,15 +82,31 @@ def examples(
     """
     start = time.perf_counter()
     several = not isinstance(target, (Neuron, Direction, Latent))
-    targets = check_targets(run, list(target) if several else [target])  # type: ignore[arg-type]
+    targets = check_targets(run, _as_list(target))
     k = check_k(k)
     check_choice(sign, Sign, what="sign")
     check_context(before, after)
     options = RowOptions(where, rows, docs, mask_special, mask_sinks, fold, memory_bytes)
+    request = {"verb": "examples", "run": run.id, "target": [t.label for t in targets], "k": k, "sign": sign}
+    request |= {"before": before, "after": after, **options.echo()}
+    return _answer(run, targets, options, request, several=several, start=start)
+
+
+def _answer(
+    run: Run,
+    targets: Sequence[Neuron | Direction],
+    options: RowOptions,
+    request: Mapping[str, Any],
+    *,
+    several: bool,
+    start: float,
+) -> Result:
+    """Find the rows, one pass for all targets of a hook point, and return them with their contexts."""
+    k, sign, before, after = (request[name] for name in ("k", "sign", "before", "after"))
     tables: dict[int, pa.Table] = {}
     masks, warnings, bytes_read, eligible = {}, [], 0, []
     for hook_point, members in _by_hook_point(targets).items():
-        acts = open_acts(run, hook_point, memory_bytes)
+        acts = open_acts(run, hook_point, options.memory_bytes)
         scorer = _make_scorer([targets[i] for i in members], acts, sign)
         report = find_rows(run, acts, scorer, options, k=k)
         found = _describe(run, acts, scorer, report, before, after)
@@ -101,12 +117,11 @@ def examples(
         bytes_read += report.bytes_read
         eligible.append(report.removed.n_kept)
     pieces = [_name_target(tables[i], targets[i]) if several else tables[i] for i in range(len(targets))]
-    request = {"verb": "examples", "run": run.id, "target": [t.label for t in targets], "k": k, "sign": sign}
     return make_result(
         run,
         pieces,
         start=start,
-        request={**request, "before": before, "after": after, **options.echo()},
+        request=request,
         mask=masks,
         n_requested=k * len(targets),
         n_eligible=min(eligible),
@@ -124,6 +139,11 @@ def _sign_warnings(found: Sequence[pa.Table], sign: Sign) -> list[str]:
         return []
     side = {"pos": "above 0", "neg": "below 0", "abs": "other than 0"}[sign]
     return [f"{int(wrong.sum())} of the {len(values)} rows are not {side}: no more rows are"]
+
+
+def _as_list(target: Any) -> list[Any]:
+    # What is no target at all is told by `check_targets`.
+    return list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target]
 
 
 def check_targets(run: Run, targets: Sequence[Any]) -> list[Neuron | Direction]:

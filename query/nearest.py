@@ -4,24 +4,25 @@ Exact: every stored row is compared, in blocks of one matrix product for all que
 """
 
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from actstore.activations import Activations
+from actstore.checks import is_whole
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.result import Result
 from actstore.run import Run
-from actstore.targets import check_vectors
+from actstore.targets import MAX_VALUE, check_vectors
 
 from .answer import (
     DEFAULT_MEMORY_BYTES,
     RowOptions,
     check_choice,
     find_rows,
-    is_whole,
     make_result,
     mask_warnings,
     open_acts,
@@ -32,6 +33,9 @@ from .eligible import Selection
 from .fold import Fold
 from .scan import check_k
 from .scores import Metric, SimilarityScorer
+
+_Barred: TypeAlias = list[tuple[int | None, int | None]] | None
+"""For each query the row and the document that may not answer it."""
 
 
 def nearest(
@@ -94,55 +98,57 @@ def nearest(
     check_context(before, after)
     options = RowOptions(where, rows, docs, mask_special, mask_sinks, fold, memory_bytes)
     acts = open_acts(run, hook_point, memory_bytes)
-    vectors_qd, barred, asked = _read_query(
-        run, acts, query, token, exclude_own_document=exclude_own_document
-    )
+    own = exclude_own_document
+    vectors_qd, barred, asked = _read_query(run, acts, query, token, exclude_own_document=own)
     _check_fit(vectors_qd, acts, metric)
     scorer = SimilarityScorer(vectors_qd, metric)
-    report = find_rows(run, acts, scorer, options, k=k, drop_zero_rows=metric == "cosine", barred=barred)
+    request = {"verb": "nearest", "run": run.id, "hook_point": acts.hook_point, **asked, "k": k}
+    request |= {"metric": metric, "exclude_own_document": own, "before": before, "after": after}
+    notes = ["this hook point has no index: the answer is exact"] if exact is False else []
+    return _answer(run, acts, scorer, barred, options, request, notes, start=start)
+
+
+def _answer(
+    run: Run,
+    acts: Activations,
+    scorer: SimilarityScorer,
+    barred: _Barred,
+    options: RowOptions,
+    request: Mapping[str, Any],
+    notes: Sequence[str],
+    *,
+    start: float,
+) -> Result:
+    """Find the rows and return them with their contexts."""
+    k, cosine = request["k"], request["metric"] == "cosine"
+    report = find_rows(run, acts, scorer, options, k=k, drop_zero_rows=cosine, barred=barred)
     hits = [
         Hit(q, rank, row)
         for q, best in enumerate(report.best)
         for rank, (_, row) in enumerate(best.ranked(), start=1)
     ]
+    before, after = request["before"], request["after"]
     table = describe_hits(run.tokenization, acts, scorer, hits, before=before, after=after)
-    if asked["query"] == "vectors":
+    if request["query"] == "vectors":
         table = table.add_column(0, "query", pa.array([hit.query for hit in hits], pa.int32()))
     n_requested = k * scorer.n_queries
-    warnings = mask_warnings(run, report, len(hits), n_requested)
-    if exact is False:
-        warnings.append("this hook point has no index: the answer is exact")
-    request = {
-        "verb": "nearest",
-        "run": run.id,
-        "hook_point": acts.hook_point,
-        **asked,
-        "k": k,
-        "metric": metric,
-    }
-    request |= {
-        "exclude_own_document": exclude_own_document,
-        "before": before,
-        "after": after,
-        **options.echo(),
-    }
     return make_result(
         run,
         [table],
         start=start,
-        request=request,
+        request={**request, **options.echo()},
         mask=report_mask(report, options),
         n_requested=n_requested,
         n_eligible=report.removed.n_kept,
         bytes_read=report.bytes_read,
         options=options,
-        warnings=warnings,
+        warnings=[*mask_warnings(run, report, len(hits), n_requested), *notes],
     )
 
 
 def _read_query(
     run: Run, acts: Activations, query: Any, token: int | None, *, exclude_own_document: bool
-) -> tuple[npt.NDArray[np.float64], list[tuple[int | None, int | None]] | None, dict[str, Any]]:
+) -> tuple[npt.NDArray[np.float64], _Barred, dict[str, Any]]:
     """Return query vectors (q, d), what may not answer each, and the query as it is reported."""
     if token is not None and not isinstance(query, str):
         raise InvalidInputError(
@@ -196,6 +202,11 @@ def _check_fit(vectors_qd: npt.NDArray[np.float64], acts: Activations, metric: M
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
             f"the query has {width} dimensions, {acts.hook_point!r} has {acts.shape[1]}",
+        )
+    if metric != "cosine" and np.abs(vectors_qd).max() > MAX_VALUE:
+        raise InvalidInputError(
+            ErrorKind.OVERFLOW,
+            f"the query has values beyond {MAX_VALUE:g}, whose {metric} with a row cannot be computed: scale it down",
         )
     zeros = np.flatnonzero(~vectors_qd.any(axis=1))
     if metric == "cosine" and zeros.size:

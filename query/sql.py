@@ -10,18 +10,20 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actstore.checks import MAX_BYTES, check_whole
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.result import Meta, Result
 from actstore.store import Store
 
 from .duck import Limits, open_locked, run_query
-from .sql_gate import check_statement
+from .sql_gate import bad_sql, check_statement
 from .view_docs import VIEWS
 from .views import Prepared, list_views, prepare_views
 
@@ -63,6 +65,7 @@ def sql(
     """
     start = time.perf_counter()
     limits = _limits(memory_bytes, max_result_bytes, timeout_s, threads)
+    values = _plain_params(params)
     checked = check_statement(query, VIEWS)
     prepared = Prepared()
     if checked.lists_tables:
@@ -70,7 +73,7 @@ def sql(
     else:
         prepared = prepare_views(store, checked.tables, empty=checked.describes)
         with open_locked(prepared.files, prepared.tables, prepared.views, limits) as con:
-            table = run_query(con, query, params, limits, hide=_hider(prepared.files))
+            table = run_query(con, query, values, limits, hide=_hider(prepared.files))
     table = _plain_table(table)
     budget = {"memory_bytes": memory_bytes, "max_result_bytes": max_result_bytes, "timeout_s": timeout_s}
     meta = Meta(
@@ -78,7 +81,7 @@ def sql(
         recall=None,
         n_returned=table.num_rows,
         bytes_read=prepared.nbytes,
-        request={"verb": "sql", "query": query, "n_params": len(params or ())},
+        request={"verb": "sql", "query": query, "n_params": len(values or ())},
         budget=budget,
         elapsed_s=time.perf_counter() - start,
     )
@@ -86,21 +89,38 @@ def sql(
 
 
 def _limits(memory_bytes: int, max_result_bytes: int, timeout_s: float | None, threads: int | None) -> Limits:
-    for name, value in (("memory_bytes", memory_bytes), ("max_result_bytes", max_result_bytes)):
-        if value < 1 << 20:
-            raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"{name} must be at least 1 MiB, got {value}")
-    if timeout_s is not None and not 0 < timeout_s <= threading.TIMEOUT_MAX:
+    number = isinstance(timeout_s, (int, float, np.integer, np.floating)) and not isinstance(timeout_s, bool)
+    if timeout_s is not None and not (number and 0 < timeout_s <= threading.TIMEOUT_MAX):
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"timeout_s must be a positive number, got {timeout_s!r}"
+            ErrorKind.BAD_ARGUMENT, f"timeout_s must be a positive number of seconds, got {timeout_s!r:.80}"
         )
-    if threads is not None and not 1 <= threads <= 1024:
-        raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"threads must be 1 to 1024, got {threads!r}")
+    if threads is not None:
+        threads = check_whole(threads, what="threads", least=1, most=1024)
     return Limits(
-        memory_bytes=memory_bytes,
-        max_result_bytes=max_result_bytes,
+        memory_bytes=check_whole(memory_bytes, what="memory_bytes", least=1 << 20, most=MAX_BYTES),
+        max_result_bytes=check_whole(
+            max_result_bytes, what="max_result_bytes", least=1 << 20, most=MAX_BYTES
+        ),
         timeout_s=timeout_s,
         threads=threads or os.cpu_count() or 1,
     )
+
+
+def _plain_params(params: Sequence[Any] | Mapping[str, Any] | None) -> list[Any] | dict[str, Any] | None:
+    """Return parameters as DuckDB takes them: numpy's scalars become Python's."""
+    if params is None:
+        return None
+    if isinstance(params, Mapping):
+        return {name: _plain_param(value) for name, value in params.items()}
+    if isinstance(params, str | bytes) or not isinstance(params, Iterable):
+        raise bad_sql(
+            f"params= is a list of values for the ? of the query, or a mapping for $name, got {params!r:.80}"
+        )
+    return [_plain_param(value) for value in params]
+
+
+def _plain_param(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _hider(files: Sequence[str]) -> Callable[[str], str]:

@@ -80,7 +80,7 @@ def _prepare_documents(store: Store, prepared: Prepared, *, empty: bool) -> None
         objects = [unit.objects[0] for unit in corpus.parts]
         if not objects:
             continue
-        files = [store.objects.file(obj) for obj in (objects[:1] if empty else objects)]
+        files = store.objects.files(objects[:1] if empty else objects)
         prepared.files += files
         prepared.nbytes += 0 if empty else sum(obj.nbytes for obj in objects)
         stored = [name for name in corpus.columns if name not in FIXED_COLUMNS]
@@ -106,7 +106,7 @@ def _prepare_tokens(store: Store, prepared: Prepared, *, empty: bool) -> None:
         objects = [unit.objects[0] for unit in tokenization.units]
         if not objects:
             continue
-        files = [store.objects.file(obj) for obj in objects]
+        files = store.objects.files(objects)
         prepared.files += files
         prepared.nbytes += sum(obj.nbytes for obj in objects)
         token, join = "NULL::VARCHAR", ""

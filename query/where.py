@@ -34,7 +34,10 @@ def check_predicate(where: str) -> Checked:
         raise bad_sql(
             f"where= must be an SQL condition like \"source = 'web' AND position > 3\", got {where!r}"
         )
-    checked = check_statement(_statement(where), {_INPUT})
+    try:
+        checked = check_statement(_statement(where), {_INPUT})
+    except InvalidInputError as error:
+        raise _about(where, error) from error
     tree = checked.tree
     extras = ("modifiers", "group_expressions", "group_sets", "having", "qualify", "sample")
     plain = (
@@ -137,9 +140,23 @@ class Predicate:
         con.execute(
             f"CREATE OR REPLACE TEMP VIEW {_INPUT} AS SELECT {', '.join(columns)}, {names} FROM unit_tokens t{joins}"
         )
-        table = run_query(con, _statement(self.where), None, self._limits, hide=lambda message: message)
+        try:
+            table = run_query(con, _statement(self.where), None, self._limits, hide=lambda message: message)
+        except InvalidInputError as error:
+            raise _about(self.where, error) from error
         rows: npt.NDArray[np.int64] = table["row"].to_numpy()
         return rows
+
+
+def _about(where: str, error: InvalidInputError) -> InvalidInputError:
+    """Return the error of the statement that `where` was put into, told as one of `where` alone."""
+    text, place, at = error.message.partition(" at character ")
+    offset = int(at) - _statement("").index("\n") - 1 if at.isdigit() else 0
+    if place and offset >= len(where):
+        text = "it ends in the middle of an expression"
+    elif place:
+        text = f"{text} at its character {offset}"
+    return InvalidInputError(error.kind, f"where={where!r:.200} cannot be evaluated: {text}")
 
 
 def _statement(where: str) -> str:

@@ -81,8 +81,33 @@ def test_documents_by_number(tmp_path):
     assert table["doc_id"].to_pylist() == table["n"].to_pylist() == wanted
     assert table["text"].to_pylist() == [texts[i] for i in wanted]
     assert corpus.documents([], ["text"]).num_rows == 0
+    assert corpus.documents([]).schema == corpus.documents([0]).schema
     with pytest.raises(NotFoundError, match=r"3000"):
         corpus.documents([5, 3000])
+
+
+def test_a_store_never_moves_back_when_threads_refresh_it(tmp_path):
+    url = str(tmp_path / "s")
+    store = actstore.open(url, create=True)
+
+    class Overtaken:
+        """A log whose first answer comes late: another thread has refreshed the store to a newer version meanwhile."""
+
+        def __init__(self, log):
+            self.log, self.asked = log, False
+
+        def refresh(self, state):
+            found = self.log.refresh(state)
+            if not self.asked:
+                self.asked = True
+                import_corpus(url, "b", ["three"])
+                store.refresh()
+            return found
+
+    import_corpus(url, "a", ["one", "two"])
+    store.log = Overtaken(store.log)
+    assert [c.id for c in store.refresh().corpora()] == ["a", "b"]
+    assert store.version == 2
 
 
 class TestLocalCopies:
@@ -121,6 +146,30 @@ class TestLocalCopies:
             assert sum(sizes) <= 3000
         large = self.make(99, size=5000)
         assert os.path.getsize(reader.file(large)) == 5000
+
+    def test_copies_of_one_call_stay_together(self, reader):
+        objects = [self.make(n) for n in range(8)]
+        first = reader.file(objects[0])
+        paths = reader.files(objects)
+        assert paths[0] == first
+        for path, obj in zip(paths, objects, strict=True):
+            with open(path, "rb") as file:
+                assert file.read() == reader.read(obj)
+
+    def test_only_copies_are_ever_deleted(self, reader, tmp_path):
+        cache = tmp_path / "cache"
+        (cache / "folder").mkdir(parents=True)
+        for name in ("thesis.tex", "0123abcd"):
+            (cache / name).write_bytes(b"x" * 5000)
+            os.utime(cache / name, (0, 0))  # older than any copy
+        (cache / ".fetch-left-by-a-crash").write_bytes(b"x" * 5000)
+        os.utime(cache / ".fetch-left-by-a-crash", (0, 0))
+        for n in range(5):
+            reader.file(self.make(n))
+        names = {path.name for path in cache.iterdir()}
+        assert {"thesis.tex", "0123abcd", "folder"} <= names
+        assert ".fetch-left-by-a-crash" not in names
+        assert sum(path.stat().st_size for path in cache.iterdir() if len(path.name) == 64) <= 3000
 
     def test_what_is_gone_or_changed_is_named(self, reader):
         obj = self.make(1)

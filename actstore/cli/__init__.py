@@ -5,13 +5,17 @@ Only the module of the command that is asked for is imported. Exit codes: 0 done
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
-from actstore.errors import ActstoreError
+from actstore.errors import ActstoreError, ErrorKind, StorageError
 
 INTERRUPTED = 130
 
@@ -35,14 +39,18 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; errors of the tree become one line on stderr."""
+    from actstore.cli.console import prepare_streams
+
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(arguments)
-    args = parser.parse_args(arguments)
+    as_json = "--json" in arguments
     try:
-        code: int = args.run(args)
-        sys.stdout.flush()
+        prepare_streams()
+        with _sigterm_interrupts():
+            args = _parser(arguments).parse_args(arguments)
+            code: int = args.run(args)
+            sys.stdout.flush()
     except ActstoreError as error:
-        return _print_error(error, as_json=args.json)
+        return _print_error(error, as_json=as_json)
     except KeyboardInterrupt:
         print(
             "interrupted: everything committed is safe; run the same command again to go on", file=sys.stderr
@@ -50,9 +58,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has gone: not an error, and nothing more can be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:
+        # Such as a full disk under the file that stdout is; what a store's storage raises is one of the errors above.
+        _discard_output()
+        return _print_error(StorageError(ErrorKind.STORAGE_FAILED, _describe(error)), as_json=False)
     return code
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Make SIGTERM end a command as Ctrl-C does, cleaning up on the way."""
+
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _discard_output() -> None:
+    """Let what is still buffered go nowhere, or the interpreter would fail on it again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _describe(error: OSError) -> str:
+    what = "input or output" if error.filename is None else f"reading or writing {error.filename!r}"
+    return f"{what} failed: {error.strerror or error}; make it possible and run the command again"
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -75,8 +114,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _print_error(error: ActstoreError, *, as_json: bool) -> int:
+    from actstore.cli.console import visible_lines
+
     if as_json:
         print(json.dumps({"error": {"kind": str(error.kind), "message": error.message}}))
     else:
-        print(f"actstore: {error.message} [{error.kind}]", file=sys.stderr)
+        print(visible_lines(f"actstore: {error.message} [{error.kind}]"), file=sys.stderr)
     return error.exit_code

@@ -2,11 +2,14 @@
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 import actstore
+from actstore.cli.console import output_console
+from actstore.show import visible
 
 HELP = "show one run"
 
@@ -50,10 +53,20 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**summary, "hook_points": hook_points}))
         return 0
-    console = Console(markup=False)
-    for key, value in summary.items():
-        console.print(f"{key:>14}  {value}")
-    table = Table("hook point", "width", "rows", "non-finite", "median norm", "array")
+    _print(summary, hook_points)
+    return 0
+
+
+def _print(summary: Mapping[str, Any], hook_points: Sequence[Mapping[str, Any]]) -> None:
+    console = output_console()
+    flat = {f"model {k}": v for k, v in summary["model"].items()}
+    lines = {k: v for k, v in summary.items() if k != "model"} | flat
+    for key, value in lines.items():
+        shown = f"{value:,}" if type(value) is int else str(value)
+        console.print(f"{key:>25}  {visible(shown)}", soft_wrap=True)
+    table = Table()
+    for name in ("hook point", "width", "rows", "non-finite", "median norm", "array"):
+        table.add_column(name, overflow="fold")
     for row in hook_points:
         norm = row["norm_median"]
         shown = "-" if norm is None else f"{norm:.4g}"
@@ -66,4 +79,3 @@ def run(args: argparse.Namespace) -> int:
             str(row["array"]),
         )
     console.print(table)
-    return 0

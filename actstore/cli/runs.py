@@ -3,10 +3,11 @@
 import argparse
 import json
 
-from rich.console import Console
 from rich.table import Table
 
 import actstore
+from actstore.cli.console import output_console
+from actstore.show import visible
 
 HELP = "list the runs of a store"
 
@@ -33,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"version": store.version, "runs": rows}))
         return 0
-    table = Table("run", "model", "hook points", "dtype", "rows", "units", "bytes", "complete")
+    table = Table()
+    for name in ("run", "model", "hook points", "dtype", "rows", "units", "bytes", "complete"):
+        table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(f"{v:,}" if type(v) is int else str(v) for v in row.values()))
-    Console(markup=False).print(table if rows else "no runs yet: `actstore ingest` makes one")
+        table.add_row(*(f"{v:,}" if type(v) is int else visible(str(v)) for v in row.values()))
+    output_console().print(table if rows else "no runs yet: `actstore ingest` makes one")
     return 0

@@ -5,10 +5,10 @@ everything but what changed (see `actstore.log.chunked`). `actstore.log.fold` ma
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from actstore.errors import ErrorKind, NotFoundError
+from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.log.entries import (
     collection_entry,
     epoch_entry,
@@ -22,6 +22,9 @@ from actstore.log.manifest import After
 from actstore.log.txns import RecentTxns
 from actstore.log.units import UnitMap
 from actstore.log.values import Collection, Format, StoredObject
+
+_LISTED = 20
+"""Names that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +57,16 @@ class State:
         """Return a collection.
 
         Raises:
-            NotFoundError: there is none; the message lists ids of that kind, those alike first.
+            NotFoundError: there is none; the message lists ids like it, else those of that kind.
+            InvalidInputError: `id` is no text.
         """
+        if not isinstance(id, str):
+            raise InvalidInputError(ErrorKind.BAD_NAME, f"the name of a {kind} is text, got {id!r:.80}")
         found = self.collections.get((kind, id))
         if found is not None:
             return found
         ids = sorted(i for k, i in self.collections if k == kind)
-        near = difflib.get_close_matches(id, ids, n=5, cutoff=0.5) or ids[:10]
-        hint = f"did you mean one of {near}?" if near else f"the store has no {kind} yet"
+        hint = _hint(kind, ids, near=difflib.get_close_matches(id, ids, n=3, cutoff=0.5))
         raise NotFoundError(
             ErrorKind.COLLECTION_NOT_FOUND, f"no {kind} {id!r} at version {self.version}: {hint}"
         )
@@ -104,3 +109,12 @@ class State:
             yield tomb_entry(key, not_before)
         for version, txn in self.txns.items():
             yield txn_entry(txn, version)
+
+
+def _hint(kind: str, ids: Sequence[str], *, near: Sequence[str]) -> str:
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    if not ids:
+        return f"the store has no {kind} yet"
+    more = f" and {len(ids) - _LISTED} more" if len(ids) > _LISTED else ""
+    return f"there are {', '.join(map(repr, ids[:_LISTED]))}{more}"

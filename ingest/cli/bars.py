@@ -1,13 +1,23 @@
-"""How does a long job over documents look in a terminal?"""
+"""What do the writing commands share: how a long job looks in a terminal, and options of the same form?"""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from actstore.ingest.progress import Progress, ProgressCallback
+
+
+def auto_or_int(text: str) -> int | Literal["auto"]:
+    """Return the value of an option that is a whole number or `auto`."""
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be auto or a whole number, got {text!r}") from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 
+from actstore.cli.console import visible_lines
 from actstore.ingest.cli.bars import document_bar
 from actstore.ingest.importing import MAX_DOCUMENT_BYTES, ImportReport, import_corpus
 from actstore.ingest.sources import SOURCE_FORMATS
@@ -70,6 +71,6 @@ def _print_report(report: ImportReport) -> None:
     done = "imported" if report.is_new else "unchanged, the store has exactly this:"
     print(f"{done} {report.n_documents:,} documents, {report.n_bytes:,} bytes as corpus {report.name}")
     for source, stored in report.renamed.items():
-        print(f"  column {source} is stored as {stored}")
+        print(visible_lines(f"  column {source!r} is stored as {stored!r}"))
     for warning in report.warnings:
-        print(f"  note: {warning}")
+        print(visible_lines(f"  note: {warning}"))

@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 import actstore
 from actstore.cli import INTERRUPTED
+from actstore.ingest.cli.bars import auto_or_int
 from actstore.ingest.config import CODECS, POLICIES, IngestConfig
 from actstore.ingest.job import IngestReport, run_ingest
 from actstore.ingest.scheduler import Progress as JobProgress
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="folder or hub name; default: the model's own")
     parser.add_argument("--window", type=int, help="tokens per window; default: the model's context")
     parser.add_argument("--overlap", type=int, default=0, help="tokens shared by neighbouring windows")
-    parser.add_argument("--rows-per-unit", type=_auto_or_int, default="auto", help="rows per unit of work")
+    parser.add_argument("--rows-per-unit", type=auto_or_int, default="auto", help="rows per unit of work")
     parser.add_argument("--dtype", default="auto", help="stored type: fp32, fp16, bf16; default: as computed")
     parser.add_argument("--compute-dtype", default="auto", help="type the model computes in")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps")
@@ -76,10 +76,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.is_complete else INTERRUPTED
 
 
-def _auto_or_int(text: str) -> int | Literal["auto"]:
-    return "auto" if text == "auto" else int(text)
-
-
 def _split(text: str) -> list[str]:
     """Split at commas outside braces: `layers.{1..2}.mlp_out,embed` is two names."""
     parts, depth, start = [], 0, 0
@@ -107,11 +103,14 @@ def ingest_with_bar(store: str, config: IngestConfig, *, quiet: bool) -> IngestR
         console=Console(file=sys.stderr),
     )
     with bar:
-        task = bar.add_task(config.run, total=None, rate="-")
+        # Shown once units run: what is refused before, or complete already, draws no bar.
+        task = bar.add_task(config.run, total=None, rate="-", visible=False)
 
         def show(p: JobProgress) -> None:
             rate = p.rows_this_job / p.elapsed_s if p.elapsed_s else 0.0
-            bar.update(TaskID(task), completed=p.units_done, total=p.units_total, rate=f"{rate:,.0f}")
+            bar.update(
+                TaskID(task), completed=p.units_done, total=p.units_total, rate=f"{rate:,.0f}", visible=True
+            )
 
         return run_ingest(
             opened, config, progress=show, notice=lambda line: bar.console.print(line, markup=False)

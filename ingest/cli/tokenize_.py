@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 
-from actstore.ingest.cli.bars import document_bar
+from actstore.ingest.cli.bars import auto_or_int, document_bar
 from actstore.ingest.tokenizing import tokenize_corpus
 
 HELP = "cut a corpus into token rows"
@@ -19,15 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, help="tokens per window; default: what the tokenizer says, else 1024"
     )
     parser.add_argument("--overlap", type=int, default=0, help="tokens shared by neighbouring windows")
-    parser.add_argument("--rows-per-unit", type=_rows, default="auto", help="rows per unit of work")
+    parser.add_argument("--rows-per-unit", type=auto_or_int, default="auto", help="rows per unit of work")
     parser.add_argument(
         "--no-special-tokens", action="store_true", help="leave out what the tokenizer puts around a text"
     )
     parser.add_argument("--workers", type=int, help="processes; default: threads of this one")
-
-
-def _rows(text: str) -> int | str:
-    return text if text == "auto" else int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,8 +2,7 @@
 
 import argparse
 
-from rich.console import Console
-
+from actstore.cli.console import output_console
 from actstore.result import Result
 
 
@@ -12,7 +11,7 @@ def print_result(result: Result, *, as_json: bool) -> None:
     if as_json:
         print(result.to_json())
     else:
-        Console().print(result)
+        output_console().print(result)
 
 
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:

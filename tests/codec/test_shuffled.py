@@ -1,5 +1,6 @@
 import itertools
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -195,3 +196,22 @@ def test_a_torch_loader_gives_the_same_batches_for_any_number_of_workers(tmp_pat
     assert loaded(make_torch_dataset(acts, **OPTIONS, epoch=1), 0) == epoch(shuffled)
     with pytest.raises(InvalidInputError):
         make_torch_dataset(acts, batch_rows=0)
+
+
+def test_two_groups_are_held_and_no_third(storage):
+    spec = ShardSpec(4096, 256, 512, "float32", "hot")
+    run = make_run(storage, spec=spec, rows_per_unit=4096, unit_rows={0: 4096, 1: 4096})
+    group_bytes = 1 << 20
+    # Groups have 512 rows: every fifth batch spans two.
+    shuffled = Activations(storage, run, HOOK).shuffled(100, seed=1, buffer_bytes=group_bytes, n_readers=1)
+    for _ in shuffled:  # caches and threads' buffers exist from here on
+        pass
+    tracemalloc.start()
+    try:
+        for _ in shuffled:
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    batches = 4 * 100 * spec.row_bytes  # the caller's last one, the next one and its pieces
+    assert peak < 2 * group_bytes + batches, peak

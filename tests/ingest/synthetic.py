@@ -82,7 +82,7 @@ class SyntheticHost:
         return DESCRIPTION
 
     def run_job_unit(self, job, unit):
-        self._writer = self._writer or make_writer(*job)
+        self._writer = self._writer or make_writer(job.open_store(), job.plan)
         return self._writer.run_unit(unit)
 
 

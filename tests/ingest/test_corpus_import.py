@@ -3,10 +3,13 @@
 import bz2
 import dataclasses
 import datetime as dt
+import functools
 import gzip
+import http.server
 import json
 import lzma
 import random
+import threading
 import uuid
 from decimal import Decimal
 from pathlib import Path
@@ -655,3 +658,30 @@ def test_real_text_with_its_names(store):
     some = store.corpus("topics").documents([5, 2, 5], ["topic"]).to_pylist()
     assert [r["topic"] for r in some] == [list(topics)[i] for i in (5, 2, 5)]
     assert json.loads(json.dumps(dataclasses.asdict(report)))["n_documents"] == len(topics)
+
+
+def test_a_web_address_is_kept_without_its_secrets(tmp_path):
+    url = str(tmp_path / "s")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    handler = functools.partial(Quiet, directory=str(tmp_path / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}/a.jsonl"
+            import_corpus(url, "c", f"{address}?X-Signature=canary")
+            with pytest.raises(NotFoundError) as caught:
+                import_corpus(url, "d", f"{address}.gone?X-Signature=canary")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "canary" not in str(caught.value)
+    corpus = actstore.open(url).corpus("c")
+    assert corpus.collection.info["source"] == address
+    assert corpus.documents([0, 1])["source_key"].to_pylist() == ["a.jsonl:1", "a.jsonl:2"]

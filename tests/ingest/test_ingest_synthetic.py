@@ -157,6 +157,106 @@ def test_nonfinite_activations(made):
     assert run.stats("layers.1.mlp_act").n_finite_rows == run.n_rows - 2 * report.n_units
 
 
+def test_a_refused_unit_leaves_no_shard_of_any_hook_point(made):
+    url, tokenizer = made
+
+    def poisoned(token_ids, width):
+        values = synthetic.numbers(token_ids, width)
+        if width == 24:  # the second hook point: the first one's rows are fine
+            values[3, 2] = np.nan
+        return values
+
+    with pytest.raises(InvalidInputError, match=r"layers\.1\.mlp_act"):
+        ingest(url, tokenizer, synthetic.SyntheticBackend(value=poisoned))
+    assert list(open_storage(url).list("runs/")) == []
+
+
+def test_an_adopted_shard_obeys_the_policy_too(made):
+    url, tokenizer = made
+
+    def fault(unit):
+        raise StorageError(ErrorKind.STORAGE_FAILED, "planted")
+
+    with pytest.raises(StorageError):
+        ingest(url, tokenizer, synthetic.SyntheticBackend(fault=fault))
+    run = actstore.open(url).run("syn")
+    rows = np.full((run.tokenization.unit_table(0).num_rows, 8), np.inf, np.float32)
+    name = "layers.0.resid_post"
+    spec = ShardSpec(
+        run.config["rows_per_shard"][name], run.config["rows_per_chunk"][name], 8, "float32", "hot"
+    )
+    open_storage(url).put_new(f"{run.array_path(name)}/c/0/0", encode_shard(spec, rows).buffers)
+    with pytest.raises(InvalidInputError) as caught:
+        ingest(url, tokenizer)
+    assert caught.value.kind is ErrorKind.NON_FINITE
+    assert 0 not in actstore.open(url).run("syn").collection.units
+
+
+@pytest.mark.parametrize("name", ["stats", "sums", "c"])
+def test_a_run_may_be_named_as_a_folder_of_runs(made, name):
+    url, tokenizer = made
+    ingest(url, tokenizer, run=name)
+    store = actstore.open(url)
+    synthetic.check_complete(store, name)
+    tokenization = store.run(name).tokenization
+    ids = np.concatenate([tokenization.unit_table(u.unit)["token_id"].to_numpy() for u in tokenization.units])
+    assert store.run(name).stats("layers.0.resid_post").n_rows == len(ids)
+
+
+def test_an_interrupt_before_any_unit_runs_ends_the_job_at_once(made):
+    url, tokenizer = made
+
+    class Interrupted(synthetic.SyntheticBackend):
+        def describe(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().describe()
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(url, tokenizer, Interrupted())
+    assert actstore.open(url).runs() == []
+
+
+def test_an_interrupt_while_units_run_commits_them_and_stops(made):
+    url, tokenizer = made
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(unit):
+        if unit == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    report = ingest(url, tokenizer, synthetic.SyntheticBackend(fault=interrupt, threads=1))
+    assert not report.is_complete
+    assert 1 <= report.n_units < report.n_units_planned
+    assert signal.getsignal(signal.SIGINT) is before
+    assert ingest(url, tokenizer).is_complete
+
+
+def test_a_name_that_differs_in_case_only_is_refused_with_the_reason(made):
+    url, tokenizer = made
+    ingest(url, tokenizer)
+    with pytest.raises(ConflictError, match="case") as caught:
+        ingest(url, tokenizer, run="SYN")
+    assert caught.value.kind is ErrorKind.ALREADY_EXISTS
+
+
+def test_a_run_that_lacks_units_is_not_sealed(made):
+    url, tokenizer = made
+
+    class Forgetful(synthetic.SyntheticBackend):
+        def commit(self, units):
+            super().commit([u for u in units if u.unit != 2])
+
+    with pytest.raises(ConflictError) as caught:
+        ingest(url, tokenizer, Forgetful())
+    assert caught.value.kind is ErrorKind.COUNT_DIFFERS
+    run = actstore.open(url).run("syn")
+    assert not run.is_complete
+    with pytest.raises(FileNotFoundError):
+        zarr.open_array(f"{url}/{run.array_path('layers.1.mlp_act')}", mode="r")
+    assert ingest(url, tokenizer).units_this_job == 1
+    synthetic.check_complete(actstore.open(url))
+
+
 def test_an_older_job_is_fenced_off(made):
     url, tokenizer = made
     release, reached = threading.Event(), threading.Event()

@@ -1,12 +1,15 @@
 """The scheduler against a pool whose every event the test decides."""
 
 import threading
+import weakref
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.errors import ErrorKind, InvalidInputError, StorageError
+from actstore.ingest.local_pool import LocalPool
 from actstore.ingest.scheduler import Completion, Scheduler
 from actstore.ingest.unit import WrittenUnit
 
@@ -122,3 +125,24 @@ def test_commits_are_due_by_time_too():
     batches, run = schedule(pool, range(4), commit_units=100, clock=lambda: now[0])
     run()
     assert [len(b) for b in batches] == [3, 1]
+
+
+def test_a_failed_unit_does_not_hold_its_rows():
+    rows = []
+
+    def run_unit(unit):
+        held = np.zeros(1000)
+        rows.append(weakref.ref(held))
+        try:
+            raise MemoryError("out of memory")
+        except MemoryError as error:
+            raise StorageError(ErrorKind.STORAGE_FAILED, f"unit {unit}") from error
+
+    pool = LocalPool(run_unit, threads=1)
+    pool.submit(3)
+    (done,) = pool.wait(60.0)
+    pool.close()
+    assert done.unit == 3
+    assert done.error.message == "unit 3"
+    assert isinstance(done.error.__cause__, MemoryError)
+    assert rows[0]() is None

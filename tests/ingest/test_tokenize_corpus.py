@@ -16,13 +16,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import actstore
-from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.errors import ConflictError, ErrorKind, InvalidInputError, NotFoundError
 from actstore.ingest.importing import import_corpus
 from actstore.ingest.tokenization_plan import plan_tokenization
 from actstore.ingest.tokenizers import load_tokenizer, vocabulary_table
 from actstore.ingest.tokenizing import tokenize_corpus
 from actstore.log import fsck
 from actstore.log.commit import CommitLog
+from actstore.log.values import Create, Seal
 from actstore.objects import ObjectReader
 from actstore.store import Store
 from actstore.testing.faults import Fault, FaultStorage, Killed
@@ -490,3 +491,20 @@ def test_commands(tmp_path, bpe, capsys):
     assert (report["window"], report["rows_per_unit"], report["n_documents"]) == (64, 512, len(TEXTS))
     assert main(["tokenize", url, "c", "--tokenizer", str(tmp_path / "tok"), "--rows-per-unit", "512"]) == 0
     assert "(0 new)" in capsys.readouterr().out
+
+
+def test_another_tokenization_under_the_same_id_is_never_taken_for_this_one(tmp_path, bpe):
+    """Ids hold 40 bits of the hash: one that two configurations share is refused, not answered."""
+    url = tmp_path / "s"
+    import_corpus(url, "c", TEXTS[:3])
+    twin = tmp_path / "twin"
+    import_corpus(twin, "c", TEXTS[:3])
+    id = tokenize_corpus(twin, "c", bpe, window=32).id
+    store = actstore.open(url)
+    store.log.commit(
+        [Create("tokenization", id, {"other": 1}, {}), Seal("tokenization", id, 0, 0, 0, (), {})],
+        txn="collision",
+    )
+    with pytest.raises(ConflictError) as caught:
+        tokenize_corpus(store, "c", bpe, window=32)
+    assert caught.value.kind is ErrorKind.CONFIG_DIFFERS
