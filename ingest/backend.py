@@ -210,7 +210,7 @@ def _start_ray(ray: Any, address: str | None) -> bool:
             ray.init(address="local", include_dashboard=False, log_to_driver=False)
         else:
             ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, RuntimeError, OSError) as error:
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
         raise StorageError(
             ErrorKind.WORKER_FAILED,
             f"cannot reach Ray at {address!r}: {error}. Start a cluster (`ray start --head`), give its address, "

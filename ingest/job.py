@@ -197,7 +197,8 @@ def _create_or_find(
     existing = store.state.collections.get((KIND, config.run))
     if existing is None:
         info = {
-            "model_source": config.model,
+            # A folder is to be found again from wherever a text is asked about.
+            "model_source": os.path.abspath(config.model) if os.path.isdir(config.model) else config.model,
             "tokenizer_source": config.tokenizer or config.model,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": platform.node(),

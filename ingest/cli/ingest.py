@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from contextlib import ExitStack
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -102,15 +103,14 @@ def ingest_with_bar(store: str, config: IngestConfig, *, quiet: bool) -> IngestR
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
     )
-    with bar:
-        # Shown once units run: what is refused before, or complete already, draws no bar.
-        task = bar.add_task(config.run, total=None, rate="-", visible=False)
+    task = bar.add_task(config.run, total=None, rate="-")
+    with ExitStack() as stack:
 
         def show(p: JobProgress) -> None:
+            if not bar.live.is_started:  # not before: what is refused, or complete already, draws no bar
+                stack.enter_context(bar)
             rate = p.rows_this_job / p.elapsed_s if p.elapsed_s else 0.0
-            bar.update(
-                TaskID(task), completed=p.units_done, total=p.units_total, rate=f"{rate:,.0f}", visible=True
-            )
+            bar.update(TaskID(task), completed=p.units_done, total=p.units_total, rate=f"{rate:,.0f}")
 
         return run_ingest(
             opened, config, progress=show, notice=lambda line: bar.console.print(line, markup=False)
