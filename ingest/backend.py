@@ -30,6 +30,9 @@ class Backend(Protocol):
     def describe(self) -> ModelDescription:
         """Load the model and say what it is and which of the asked hook points it has."""
 
+    def call(self, method: str, *args: Any) -> Any:
+        """Return what `method` of one worker's host returns: for probes and checks, which one worker does."""
+
     def start(self, store: Store, plan: RunPlan) -> Pool:
         """Return the workers, ready for units of this run."""
 
@@ -51,6 +54,10 @@ class LocalBackend:
     def describe(self) -> ModelDescription:
         """Load the model here."""
         return self._host.describe()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call the one host."""
+        return getattr(self._host, method)(*args)
 
     def start(self, store: Store, plan: RunPlan) -> Pool:
         """Return two threads around the one model."""
@@ -116,6 +123,10 @@ class RayBackend:
                     "a revision, or use one shared folder, and workers of one kind",
                 )
         return descriptions[0]
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call the first actor."""
+        return _get(self._ray, getattr(self._actors[0], method).remote(*args))
 
     def start(self, store: Store, plan: RunPlan) -> Pool:
         """Return the actors."""

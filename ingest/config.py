@@ -20,6 +20,8 @@ DTYPES = {
 
 CODECS = ("hot", "lz4", "cold")
 POLICIES = ("error", "mask")
+KEEPS = ("dense", "pooled")
+POOLINGS = ("mean", "last", "max", "weighted_mean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,27 @@ class IngestConfig:
     rows_per_unit: int | Literal["auto"] = "auto"
     """Row numbers per unit of work; "auto" fits it to the corpus (2,048 to 65,536)."""
 
+    keep: Sequence[str] = ("dense",)
+    """What is stored: `dense` rows, `pooled` document vectors, or both."""
+
+    poolings: Sequence[str] = POOLINGS
+    """Which pooled vectors, of mean, last, max, weighted_mean (weights grow with the position); used where `keep` has pooled."""
+
+    pool_special: bool = False
+    """Whether special tokens enter pooled vectors."""
+
+    sample: float = 1.0
+    """Share of the token rows that dense storage keeps, chosen by a hash of row number and `seed`."""
+
+    seed: int = 0
+    """Of `sample` and of what is drawn for `self_check`."""
+
+    covariance: bool = False
+    """Whether each hook point's full covariance is accumulated, d_model^2 numbers per unit."""
+
     dtype: str = "auto"
-    """Stored type: float32 (fp32), float16 (fp16), bfloat16 (bf16); "auto" for the one the model computes in."""
+    """Stored type: float32 (fp32), float16 (fp16), bfloat16 (bf16), or int8 with a scale per row; "auto" for the one the
+    model computes in."""
 
     compute_dtype: str = "auto"
     """Type the model computes in; "auto" for the one its weights are stored in."""
@@ -68,6 +89,15 @@ class IngestConfig:
 
     attn_implementation: str | None = None
     """`eager`, `sdpa`, `flash_attention_2`, ...; None for what transformers picks. Recorded."""
+
+    compile: bool = False
+    """Whether the model goes through torch.compile. Recorded: results differ in their last bits."""
+
+    device_map: str | None = None
+    """`auto`, `balanced`, ...: spreads one copy of the model over the worker's devices, for models larger than one."""
+
+    gpus_per_worker: int | None = None
+    """GPUs that each worker reserves on Ray; None for one (or a share of one) where there are GPUs."""
 
     batch_tokens: int = 8_192
     """Padded tokens per forward pass. Part of the fingerprint: bf16 results depend on the batch's shape."""
@@ -79,7 +109,10 @@ class IngestConfig:
     """NaN or infinite activations: `error` stops the job, `mask` stores and counts them; queries leave them out."""
 
     workers: int = 1
-    """Actors, each with its own copy of the model."""
+    """Actors at most, each with its own copy of the model; they join as the cluster finds room for them."""
+
+    min_workers: int = 1
+    """Actors that must be ready before the first unit is begun."""
 
     ray_address: str | None = "local"
     """`local` starts Ray on this machine, `auto` joins the running cluster, `ray://host:port` a remote one; None runs in
@@ -87,6 +120,17 @@ class IngestConfig:
 
     max_attempts: int = 3
     """Times a unit is tried on errors that may pass (a died actor, a storage failure) before the job fails."""
+
+    allow_failed: int = 0
+    """Units that may fail for good and be left out of the run (quarantined, and listed); more fail the job at its end."""
+
+    straggler_factor: float = 4.0
+    """A unit that runs this many times the median unit's time is given to a second worker too, once no other is left to
+    begin; 0 never does."""
+
+    self_check: float = 0.0
+    """Share of the documents that are run again alone through plain transformers at the end, and compared; the differences
+    are stored with the run."""
 
     commit_units: int = 64
     """Units per commit at most."""
@@ -102,19 +146,40 @@ class IngestConfig:
         """
         check_name(self.run, what="run name")
         check_name(self.corpus, what="corpus name")
-        names = self.hook_points
-        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-            raise _bad("hook_points", names, "a non-empty list of hook points")
-        for field in ("dtype", "compute_dtype"):
+        hook_points = self.hook_points
+        if isinstance(hook_points, str) or not isinstance(hook_points, Sequence) or not hook_points:
+            raise _bad("hook_points", hook_points, "a non-empty list of hook points")
+        for field, names in (("dtype", [*DTYPES, "int8"]), ("compute_dtype", [*DTYPES])):
             value = getattr(self, field)
-            if value != "auto" and value not in DTYPES:
-                raise _bad(field, value, f"one of auto, {', '.join(DTYPES)}")
+            if value != "auto" and value not in names:
+                raise _bad(field, value, f"one of auto, {', '.join(names)}")
+        for field, known in (("keep", KEEPS), ("poolings", POOLINGS)):
+            value = getattr(self, field)
+            if (
+                isinstance(value, str)
+                or not isinstance(value, Sequence)
+                or not value
+                or set(value) - set(known)
+            ):
+                raise _bad(field, value, f"a list of {', '.join(known)}")
+        for field, low in (("sample", 0.0), ("self_check", -1.0)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= 1:
+                raise _bad(
+                    field, value, "a share above 0 and at most 1" if low == 0 else "a share from 0 to 1"
+                )
+        if self.self_check < 0:
+            raise _bad("self_check", self.self_check, "a share from 0 to 1")
         if self.codec not in CODECS:
             raise _bad("codec", self.codec, f"one of {', '.join(CODECS)}")
         if self.nonfinite not in POLICIES:
             raise _bad("nonfinite", self.nonfinite, f"one of {', '.join(POLICIES)}")
-        for field in ("workers", "batch_tokens", "max_attempts", "commit_units"):
+        for field in ("workers", "min_workers", "batch_tokens", "max_attempts", "commit_units"):
             check_whole(getattr(self, field), what=field, least=1)
+        for field in ("seed", "allow_failed"):
+            check_whole(getattr(self, field), what=field, least=0)
+        if self.gpus_per_worker is not None:
+            check_whole(self.gpus_per_worker, what="gpus_per_worker", least=0)
         if self.window is not None:
             check_whole(self.window, what="window", least=2)
         check_whole(self.overlap, what="overlap", least=0)
@@ -122,7 +187,15 @@ class IngestConfig:
             check_whole(self.rows_per_unit, what="rows_per_unit", least=1)
         if not isinstance(self.commit_interval_s, int | float) or not self.commit_interval_s >= 0:
             raise _bad("commit_interval_s", self.commit_interval_s, "seconds of 0 or more")
-        for field in ("model", "tokenizer", "revision", "device", "attn_implementation", "ray_address"):
+        for field in (
+            "model",
+            "tokenizer",
+            "revision",
+            "device",
+            "attn_implementation",
+            "device_map",
+            "ray_address",
+        ):
             value = getattr(self, field)
             if not isinstance(value, str) and (value is not None or field in ("model", "device")):
                 raise _bad(field, value, "text")

@@ -24,6 +24,7 @@ from actstore.codec.spec import ShardSpec
 from actstore.codec.sums import Sums, pack_sums, sums_of
 from actstore.dtypes import stored_dtype, to_float32
 from actstore.errors import ConflictError, ErrorKind, FormatError, InvalidInputError
+from actstore.int8 import Int8Transform
 from actstore.log.values import StoredObject
 from actstore.names import hook_point_folder
 from actstore.stats import HookPointStats, block_stats, empty_stats, merge_stats, stats_to_table
@@ -56,6 +57,16 @@ class RunPlan:
     rows_per_unit: int
     nonfinite: str
     """`error` or `mask`."""
+    keep: tuple[str, ...] = ("dense",)
+    """`dense`, `pooled` or both."""
+    poolings: tuple[str, ...] = ()
+    pool_special: bool = False
+    sample: float = 1.0
+    """Share of rows that dense storage keeps; see `actstore.sampling`."""
+    seed: int = 0
+    int8: Mapping[str, Int8Transform] | None = None
+    """By hook point, where rows are stored as int8."""
+    covariance: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,12 @@ class WrittenUnit:
     objects: tuple[StoredObject, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
     nbytes: int = 0
+    rows_read: int = 0
+    """Token rows read from the tokenization."""
+    rows_forwarded: int = 0
+    """Token rows that went through the model."""
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    """Seconds spent in `read`, `forward`, `statistics`, `encode`, `write`."""
 
 
 class UnitWriter:
