@@ -42,3 +42,30 @@ class Int8Transform:
         """Return what `to_json` wrote."""
         mean = np.frombuffer(base64.b64decode(stored["mean"]), "<f4").astype(np.float32)
         return cls(mean, np.frombuffer(base64.b64decode(stored["exponent"]), np.int8))
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Error:
+    """How far stored int8 rows are from the numbers they stand for; merges exactly by adding (and the largest)."""
+
+    n_values: int = 0
+    """Finite values compared."""
+    squared_error: float = 0.0
+    """Sum over values of (stored - true)^2, float64."""
+    squared_deviation: float = 0.0
+    """Sum over values of (true - channel mean of the transform)^2, float64: what the error is a part of."""
+    largest: float = 0.0
+    """Largest |stored - true|."""
+
+    def __add__(self, other: "Int8Error") -> "Int8Error":
+        return Int8Error(
+            self.n_values + other.n_values,
+            self.squared_error + other.squared_error,
+            self.squared_deviation + other.squared_deviation,
+            max(self.largest, other.largest),
+        )
+
+    @property
+    def relative(self) -> float:
+        """Root of squared error over squared deviation: 0.01 means that 0.01 % of the variance is lost."""
+        return (self.squared_error / self.squared_deviation) ** 0.5 if self.squared_deviation else 0.0
