@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,7 @@ def open_locked(
             "temp_directory": spill,
             "max_temp_directory_size": f"{max(1, limits.spill_bytes >> 20)}MiB",
             "preserve_insertion_order": "true",
+            "enable_progress_bar": "false",
             "TimeZone": "UTC",
         }
         for name, value in settings.items():
@@ -149,28 +151,34 @@ def run_query(
             is up (TIMED_OUT).
     """
     late = threading.Event()
-    timer = None
-    if limits.timeout_s is not None:
 
-        def interrupt() -> None:
-            late.set()
-            con.interrupt()
-
-        timer = threading.Timer(limits.timeout_s, interrupt)
-        timer.daemon = True
-        timer.start()
-    try:
+    def work() -> pa.Table:
         bound = None if params is None else dict(params) if isinstance(params, Mapping) else list(params)
         relation = con.sql(text, params=bound) if bound else con.sql(text)
         if relation is None:
             raise bad_sql("the statement gives no rows: only SELECT is accepted")
         return _drain(relation.to_arrow_reader(_BATCH_ROWS), limits, late)
-    except (duckdb.Error, OSError, pa.ArrowException) as error:
-        raise _explain(error, limits, timed_out=late.is_set(), hide=hide) from None
-    finally:
-        if timer is not None:
-            timer.cancel()
-            timer.join()
+
+    # On a thread of its own: inside DuckDB this thread would see no signal until the query ends.
+    with ThreadPoolExecutor(1, thread_name_prefix="actstore-sql") as pool:
+        answer = pool.submit(work)
+        try:
+            wait([answer], timeout=limits.timeout_s)
+        finally:
+            if not answer.done():
+                late.set()
+                _interrupt(con, answer)
+        try:
+            return answer.result()
+        except (duckdb.Error, RuntimeError, OSError, pa.ArrowException) as error:
+            raise _explain(error, limits, timed_out=late.is_set(), hide=hide) from None
+
+
+def _interrupt(con: duckdb.DuckDBPyConnection, answer: "Future[pa.Table]") -> None:
+    """Stop what runs; again and again, as an interrupt between two steps of DuckDB is lost."""
+    while not answer.done():
+        con.interrupt()
+        wait([answer], timeout=0.05)
 
 
 def _drain(reader: pa.RecordBatchReader, limits: Limits, late: threading.Event) -> pa.Table:
