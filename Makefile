@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads of BLAS and of torch fight over few cores when tests run side by side.
 TEST_ENV := OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint bench campaign typing-tree clean
+.PHONY: setup demo test lint bench bench-saelens campaign typing-tree clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,14 @@ test: lint
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
+
+# Side by side with SAELens, which gets an environment of its own: its pins and ours cannot share one.
+PEER := build/peers/saelens
+bench-saelens: setup
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check sae-lens==6.54.12
+	$(BIN)/python -m tests.benchmarks.bench_saelens
 
 # Long fault-injection and kill campaigns, and every slow test.
 campaign: setup

@@ -6,7 +6,7 @@ Every figure is a ratio to a floor measured in the same run, or a time; medians,
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.benchmarks import bench_capture, bench_ingest, bench_open, bench_storage
+from tests.benchmarks import bench_capture, bench_ingest, bench_open, bench_storage, bench_workers
 
 Row = tuple[str, str, str]
 """What was measured, the figure, and what it is measured against."""
@@ -34,6 +34,18 @@ def ingest() -> Iterator[Row]:
     """The whole ingest against a loop that only computes."""
     for name, ratio, target, note in bench_ingest.run():
         yield name, f"{ratio:.2f}x", f"{note}; target {target}"
+    (small, low), (large, high) = bench_ingest.peak_memory()
+    yield (
+        "peak memory of an ingest",
+        f"{high} MiB",
+        f"{large:,} tokens, one layer of 256; {low} MiB for {small:,} tokens",
+    )
+
+
+def workers() -> Iterator[Row]:
+    """Two workers on two cores against one on one."""
+    for name, ratio, target, note in bench_workers.run():
+        yield name, f"{ratio:.2f}", f"{note}; target {target}"
 
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -41,6 +53,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "open": opening,
     "capture": capture,
     "ingest": ingest,
+    "workers": workers,
 }
 
 
