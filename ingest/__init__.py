@@ -8,17 +8,22 @@ Needs the extra `ingest` (torch, transformers, Ray), which are imported only whe
 """
 
 from .config import IngestConfig
+from .foreign import ImportRunReport, import_run
 from .importing import ImportReport, import_corpus
 from .job import IngestReport
 from .job import run_ingest as run
+from .sources import SourceList
 from .tokenizing import TokenizeReport, tokenize_corpus
 
 __all__ = [
     "ImportReport",
+    "ImportRunReport",
     "IngestConfig",
     "IngestReport",
+    "SourceList",
     "TokenizeReport",
     "import_corpus",
+    "import_run",
     "run",
     "tokenize_corpus",
 ]
