@@ -1,10 +1,9 @@
 """What are a run's activations at one hook point? They are rows of `d_model` numbers, read like an array.
 
-`Activations` knows which rows exist (`row_ranges`), gives any of them in any order, scans all of them at the speed of the
-disk, and shuffles them for training. Every row it gives out was compared with the checksums that the manifest holds.
+`Activations` knows which rows exist (`row_ranges`, `rows`), gives any of them in any order, scans all of them at the speed of
+the disk, and shuffles them for training. Every row it gives out was compared with the checksums that the manifest holds.
 """
 
-import operator
 from collections.abc import Collection as AbstractCollection
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal, TypeAlias
@@ -13,17 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.checks import check_whole
-from actstore.codec.layout import RowLayout, parse_layout
+from actstore.codec.layout import RowLayout, UnitRows, parse_layout
 from actstore.codec.read import RowReader
 from actstore.codec.scan import scan_slabs
-from actstore.dtypes import StoredArray, natural_dtype, stored_dtype
+from actstore.dtypes import natural_dtype, stored_dtype
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.log.values import Collection
+from actstore.row_requests import Rows, as_numbers, fit_answer, is_one_row, slice_bounds
 from actstore.shuffled import Shuffled
 from actstore.storage.base import Storage
-
-Rows: TypeAlias = int | slice | Sequence[int] | npt.NDArray[np.integer[Any]]
-"""Row numbers: one, those of a slice that exist, or a list in the order wanted."""
 
 DtypeName: TypeAlias = Literal["float32", "stored"]
 
@@ -35,7 +32,8 @@ MAX_IMPLICIT_BYTES: Final = 8 << 30
 class Activations:
     """The rows of one hook point of a run, at one version of the store; safe for use from many threads, and pickles.
 
-    Row numbers are those of the run's tokenization: `unit * rows_per_unit + offset`. They have gaps, as units end early.
+    Row numbers are those of the run's tokenization: `unit * rows_per_unit + offset`. They have gaps, as units end early, and
+    everywhere if the run keeps a sample of its rows. Rows stored as int8 are given as the float32 numbers they stand for.
     """
 
     def __init__(
@@ -56,6 +54,7 @@ class Activations:
 
         Raises:
             NotFoundError: the run has no such hook point.
+            InvalidInputError: the run keeps pooled vectors only.
             FormatError: the manifest's entry of the run is damaged.
         """
         self._storage = storage
@@ -70,7 +69,8 @@ class Activations:
     def __repr__(self) -> str:
         return (
             f"<Activations {self._collection.id}/{self.hook_point}: {self.shape[0]} rows of {self.shape[1]} "
-            f"{self.stored_dtype}, {len(self._layout.units)} units>"
+            f"{self.stored_dtype}, {len(self._layout.units)} units"
+            f"{'' if self.sample_rate == 1 else f', a sample of {self.sample_rate:.3g}'}>"
         )
 
     @property
@@ -105,12 +105,12 @@ class Activations:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of what `activations[rows]` returns: the stored dtype, or float32 for bfloat16, which numpy lacks."""
+        """Of what `activations[rows]` returns: the stored dtype, or float32 for int8 and for bfloat16, which numpy lacks."""
         return natural_dtype(self._layout.spec.dtype)
 
     @property
     def stored_dtype(self) -> str:
-        """`float32`, `float16` or `bfloat16`."""
+        """`float32`, `float16`, `bfloat16` or `int8`."""
         return self._layout.spec.dtype
 
     @property
@@ -119,9 +119,37 @@ class Activations:
         return self._layout.rows_per_unit
 
     @property
+    def sample_rate(self) -> float:
+        """Share of the rows that the run keeps, each with this probability; 1 when all."""
+        kept = self._layout.kept
+        return 1.0 if kept is None else kept.sample.rate
+
+    @property
     def row_ranges(self) -> list[tuple[int, int]]:
-        """Half-open ranges `[start, stop)` of the rows that exist, ascending."""
+        """Half-open ranges `[start, stop)` that begin and end with an existing row and cover all of them, ascending.
+
+        Every row in them exists. Of a run that keeps a sample there is one range for each unit, and rows in it are missing:
+        `rows` gives the numbers of those that exist.
+        """
         return self._layout.row_ranges()
+
+    def rows(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """Return the numbers of the rows from `start` on and before `stop` that exist, ascending; 8 bytes each.
+
+        Raises:
+            InvalidInputError: not whole numbers, or below 0.
+        """
+        start = check_whole(start, what="start", least=0)
+        end = _end_of_rows(self._layout) if stop is None else check_whole(stop, what="stop", least=0)
+        return self._layout.existing(start, end)
+
+    def exist(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Return which rows of a list exist, shape (n,).
+
+        Raises:
+            InvalidInputError: something else than a list of ints.
+        """
+        return self._layout.exist(as_numbers(rows, what="rows"))
 
     def __len__(self) -> int:
         return self._layout.n_rows
@@ -132,25 +160,26 @@ class Activations:
         A slice gives the rows in it that exist, a list gives exactly the rows asked for, in that order.
 
         Raises:
-            NotFoundError: a row that does not exist (negative ones never do).
+            NotFoundError: a row that does not exist (negative ones never do), or that a sampled run did not keep.
             InvalidInputError: something else than rows, such as a boolean mask.
             FormatError: an object is missing or damaged.
         """
         found = self._read(rows, self.dtype, None)
-        return found[0] if _is_int(rows) else found
+        return found[0] if is_one_row(rows) else found
 
     def read(
         self, rows: Rows, *, dtype: DtypeName = "float32", out: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any]:
-        """Return rows `(n, d_model)` as float32, or as they are stored (bfloat16 as its bits in uint16).
+        """Return rows `(n, d_model)` as float32, or as they are stored.
 
         Args:
             rows: As in `activations[rows]`; one int gives `n = 1`.
-            dtype: "float32" or "stored".
+            dtype: "float32", or "stored": bfloat16 as its bits in uint16; int8 `(n, d_model + 4)`, the last 4 bytes of a row its
+                scale.
             out: Filled and returned if given: C-contiguous, of the answer's shape and dtype.
 
         Raises:
-            NotFoundError: a row that does not exist.
+            NotFoundError: a row that does not exist, or that a sampled run did not keep.
             InvalidInputError: something else than rows, or an unfit `out`.
             FormatError: an object is missing or damaged; `out` then holds anything.
         """
@@ -168,16 +197,16 @@ class Activations:
     ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
         """Yield all existing rows in ascending order as `(rows, values)`, reading ahead within `memory_bytes`.
 
-        A batch has at most `batch_rows` rows, all of one unit and without gaps. The arrays are the caller's: their memory is
-        used again only after every reference to them is gone, so a loop that keeps none runs in constant memory.
+        A batch has at most `batch_rows` rows, all of one unit, with none left out that exists. The arrays are the caller's: their
+        memory is used again only after every reference to them is gone, so a loop that keeps none runs in constant memory.
 
         Args:
             batch_rows: Rows of a batch; units are cut from their first row (or `start`) on.
             start: First row; from the beginning if None.
             stop: End of the rows; to the end if None.
-            columns: Only these of `d_model`, in this order.
+            columns: Only these of `d_model` (of `d_model + 4` for int8 as stored), in this order.
             units: Only these units.
-            dtype: "float32", or "stored" for the stored numbers (bfloat16 as its bits in uint16).
+            dtype: "float32", or "stored" for the stored numbers, as in `read`.
 
         Yields:
             Row numbers `(n,)` int64 and values `(n, d_model)` or `(n, len(columns))`.
@@ -189,16 +218,17 @@ class Activations:
         batch_rows = check_whole(batch_rows, what="batch_rows", least=1)
         # No batch is larger than the largest unit, so buffers need not be either.
         batch_rows = min(batch_rows, max((unit.n_rows for unit in self._layout.units), default=1))
+        answer_dtype = self._answer_dtype(dtype)
         slabs = scan_slabs(
             self._reader,
             batch_rows=batch_rows,
             start=0 if start is None else start,
             stop=np.iinfo(np.int64).max if stop is None else stop,
-            dtype=self._answer_dtype(dtype),
-            columns=None if columns is None else self._check_columns(columns),
+            dtype=answer_dtype,
+            columns=None if columns is None else self._check_columns(columns, self._width(answer_dtype)),
             units=None if units is None else frozenset(units),
         )
-        return _batches(slabs, batch_rows)
+        return _batches(self._layout, slabs, batch_rows)
 
     def shuffled(
         self,
@@ -269,39 +299,41 @@ class Activations:
             ErrorKind.BAD_ARGUMENT, f"dtype {dtype!r} cannot be read: use 'float32' or 'stored'"
         )
 
-    def _check_columns(self, columns: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-        checked = _as_int64(columns, what="columns")
-        if checked.size and not 0 <= checked.min() <= checked.max() < self.shape[1]:
+    def _width(self, dtype: np.dtype[Any]) -> int:
+        """Return the numbers of a row in an answer of `dtype`."""
+        spec = self._layout.spec
+        return spec.stored_width if dtype == stored_dtype(spec.dtype) else spec.d_model
+
+    def _check_columns(
+        self, columns: Sequence[int] | npt.NDArray[np.integer[Any]], width: int
+    ) -> npt.NDArray[np.int64]:
+        checked = as_numbers(columns, what="columns")
+        if checked.size and not 0 <= checked.min() <= checked.max() < width:
             raise InvalidInputError(
                 ErrorKind.BAD_ARGUMENT,
-                f"columns from {checked.min()} to {checked.max()} are not all in [0, {self.shape[1]}) of {self.hook_point!r}",
+                f"columns from {checked.min()} to {checked.max()} are not all in [0, {width}) of {self.hook_point!r}",
             )
         return checked
 
     def _read(self, rows: Rows, dtype: np.dtype[Any], out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         if isinstance(rows, slice):
             return self._read_slice(rows, dtype, out)
-        wanted = _as_int64([rows] if _is_int(rows) else rows, what="rows")
-        self._layout.check_rows(wanted)
-        answer = _fit(out, (len(wanted), self.shape[1]), dtype)
+        wanted = as_numbers([rows] if is_one_row(rows) else rows, what="rows")
+        places = self._layout.places(wanted)
+        answer = fit_answer(out, (len(wanted), self._width(dtype)), dtype)
         if len(wanted):
-            self._reader.gather(wanted, answer)
+            self._reader.gather(places, answer)
         return answer
 
     def _read_slice(
         self, rows: slice, dtype: np.dtype[Any], out: npt.NDArray[Any] | None
     ) -> npt.NDArray[Any]:
-        ranges = self.row_ranges
-        start, stop, step = _slice_bounds(rows, end=ranges[-1][1] if ranges else 0)
+        start, stop, step = slice_bounds(rows, end=_end_of_rows(self._layout))
         if step > 1:
             return self._read(self._layout.existing(start, stop, step), dtype, out)
-        runs = []
-        for unit in self._layout.units:
-            base = unit.unit * self.rows_per_unit
-            first, end = max(start, base), min(stop, base + unit.n_rows)
-            if first < end:
-                runs.append((first, end))
-        answer = _fit(out, (sum(end - first for first, end in runs), self.shape[1]), dtype)
+        spans = ((unit, *self._layout.span(unit, start, stop)) for unit in self._layout.units)
+        runs = [(unit, first, end) for unit, first, end in spans if first < end]
+        answer = fit_answer(out, (sum(end - first for _, first, end in runs), self._width(dtype)), dtype)
         if runs:
             self._reader.read_runs(runs, answer)
         return answer
@@ -312,59 +344,20 @@ def _reopen(storage: Storage, collection: Collection, hook_point: str, memory_by
 
 
 def _batches(
-    slabs: Iterator[tuple[int, npt.NDArray[Any]]], batch_rows: int
+    layout: RowLayout, slabs: Iterator[tuple[UnitRows, int, npt.NDArray[Any]]], batch_rows: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
     """Cut slabs into batches; no name may keep a slab alive while the next one is made."""
-    for first, values in slabs:
+    for unit, first, values in slabs:
         for low in range(0, len(values), batch_rows):
             high = min(low + batch_rows, len(values))
-            yield np.arange(first + low, first + high, dtype=np.int64), values[low:high]
+            yield layout.numbers(unit, first + low, first + high), values[low:high]
         del values
 
 
-def _is_int(rows: object) -> bool:
-    return not isinstance(rows, bool | np.bool_) and hasattr(rows, "__index__") and np.ndim(rows) == 0  # type: ignore[arg-type]
-
-
-def _as_int64(values: Any, *, what: str) -> npt.NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.size == 0 and array.ndim == 1:
-        return np.empty(0, np.int64)
-    if (
-        array.ndim != 1
-        or array.dtype.kind not in "iu"
-        or (array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max)
-    ):
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"{what} must be an int below 2^63, a slice or a flat list of such ints, not an array of shape {array.shape} and "
-            f"dtype {array.dtype} (np.flatnonzero turns a boolean mask into one)",
-        )
-    return array.astype(np.int64, copy=False)
-
-
-def _slice_bounds(rows: slice, *, end: int) -> tuple[int, int, int]:
-    try:
-        start = 0 if rows.start is None else operator.index(rows.start)
-        stop = end if rows.stop is None else operator.index(rows.stop)
-        step = 1 if rows.step is None else operator.index(rows.step)
-    except TypeError as error:
-        raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"{rows!r} is no slice of rows: use ints") from error
-    if start < 0 or stop < 0 or step < 1:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"{rows!r} is no slice of rows: bounds never count from the end, and the step must be positive",
-        )
-    return start, min(stop, end), step
-
-
-def _fit(out: npt.NDArray[Any] | None, shape: tuple[int, int], dtype: np.dtype[Any]) -> StoredArray:
-    if out is None:
-        return np.empty(shape, dtype)
-    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"out has shape {out.shape} and dtype {out.dtype}; the answer needs a writable, C-contiguous array of shape "
-            f"{shape} and dtype {dtype}",
-        )
-    return out
+def _end_of_rows(layout: RowLayout) -> int:
+    """Return a row number past all that exist, before the next unit's."""
+    if not layout.units:
+        return 0
+    last = layout.units[-1]
+    size = last.n_rows if layout.kept is None else layout.rows_per_unit
+    return last.unit * layout.rows_per_unit + size

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from actstore.checks import check_whole
 from actstore.codec.plan import Int64s, Piece, plan_pieces
 from actstore.codec.read import RowReader, wait_for
-from actstore.dtypes import StoredArray, stored_dtype, to_float32
+from actstore.dtypes import StoredArray, stored_dtype
 from actstore.errors import ErrorKind, InvalidInputError
 
 _STATE_FORMAT: Final = 1
@@ -178,7 +178,7 @@ class Shuffled:
         self._epoch, self._next_batch = epoch + 1, 0
 
     def _answer(self, stored: StoredArray) -> npt.NDArray[Any]:
-        return stored if stored.dtype == self._dtype else to_float32(stored, self._reader.layout.spec.dtype)
+        return stored if stored.dtype == self._dtype else self._reader.widen(stored)
 
     def _identity(self) -> dict[str, Any]:
         layout = self._reader.layout
@@ -253,12 +253,12 @@ class _Groups:
         cuts = self._plan.chunk_cuts
         chosen = self._chunks[self._plan.chunk_order[cuts[group] : cuts[group + 1]]]
         n_rows = int(chosen[:, 3].sum())
-        values = np.empty((n_rows, layout.spec.d_model), stored_dtype(layout.spec.dtype))
+        values = np.empty((n_rows, layout.spec.stored_width), stored_dtype(layout.spec.dtype))
         rows, pieces, target = np.empty(n_rows, np.int64), list[Piece](), 0
-        for unit, start, stop, count in chosen.tolist():
-            first = unit * layout.rows_per_unit + start
-            rows[target : target + count] = np.arange(first, first + count)
-            pieces += plan_pieces(layout, self._units[unit], start, stop, target=target)
+        for number, start, stop, count in chosen.tolist():
+            unit = self._units[number]
+            rows[target : target + count] = layout.numbers(unit, start, stop)
+            pieces += plan_pieces(layout, unit, start, stop, target=target)
             target += count
         futures = [self._pool.submit(task) for task in self._reader.tasks(pieces, values)]
         return _Reading(rows, values, futures)
@@ -274,7 +274,7 @@ class _Reading:
 
 
 def _all_chunks(reader: RowReader) -> Int64s:
-    """Return `[n_chunks, 4]`: unit, first row and end in the unit, and number of rows of every chunk, in order."""
+    """Return `[n_chunks, 4]`: unit, first row and end in its stored rows, and number of rows of every chunk, in order."""
     layout, parts = reader.layout, []
     for unit in layout.units:
         starts = np.arange(0, unit.n_rows, layout.spec.rows_per_chunk, dtype=np.int64)

@@ -13,8 +13,9 @@ from actstore.checks import MAX_BYTES, check_whole
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.result import Meta, Result
 from actstore.run import Run
+from actstore.stats import SINK_NORM_RATIO
 
-from .eligible import SINK_NORM_RATIO, Eligibility, Masks, Selection, sink_norm_limit
+from .eligible import Eligibility, Masks, Selection, sink_norm_limit
 from .fold import Fold
 from .scan import ScanReport, plan_block_rows, scan_top_k
 from .scores import Scorer
@@ -133,6 +134,11 @@ def mask_warnings(run: Run, report: ScanReport, n_returned: int, n_requested: in
     if not run.is_complete:
         planned = len(run.tokenization.units)
         warnings.append(f"run {run.id!r} is not complete: {run.n_units} of {planned} units were asked")
+    sample = run.collection.config.get("sample")
+    if sample is not None:
+        warnings.append(
+            f"run {run.id!r} keeps a sample of its rows, {sample['rate']:.3g} of them: no others were asked"
+        )
     nonfinite = removed.counts.get("nonfinite", 0)
     if nonfinite:
         warnings.append(f"{nonfinite} rows hold NaN or infinite values and were left out")

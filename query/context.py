@@ -1,7 +1,8 @@
 """What stands around a token, and how strongly does each token of it answer the query?
 
 Contexts are cut when they are asked for: the tokens before and after, as many as wanted, never past the edge of the model
-window that computed the activation. The text is that of the document itself; the activations are read again by row.
+window that computed the activation. The text is that of the document itself; the activations are read again by row. Of a run
+that keeps a sample of its rows, most tokens shown have no stored activation: their values are null.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,8 @@ CONTEXT_TYPE = pa.struct(
         pa.field("values", pa.list_(pa.float64())),
     ]
 )
-"""`text[token_start:token_end]` is the token (code points); `tokens[token_index]` too, `values[token_index]` its value."""
+"""`text[token_start:token_end]` is the token (code points); `tokens[token_index]` too, `values[token_index]` its value. The
+value of a token whose row is not stored is null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ def _texts(tokenization: Tokenization, doc_ids: Iterable[int]) -> dict[int, str]
     return dict(zip(wanted, tokenization.corpus.documents(wanted, ["text"])["text"].to_pylist(), strict=True))
 
 
-def _context(shown: _Shown, text: str, words: _Words, values: list[float]) -> dict[str, Any]:
+def _context(shown: _Shown, text: str, words: _Words, values: list[float | None]) -> dict[str, Any]:
     spans = [
         (start, end)
         for start, end, special in zip(shown.char_starts, shown.char_ends, shown.specials, strict=True)
@@ -212,9 +214,9 @@ def _context(shown: _Shown, text: str, words: _Words, values: list[float]) -> di
 
 def _values(
     acts: Activations, scorer: Scorer, hits: Sequence[Hit], shown: Sequence[_Shown]
-) -> list[list[float]]:
-    """Return, for every hit, its query's value at every token shown."""
-    values: dict[int, list[float]] = {}
+) -> list[list[float | None]]:
+    """Return, for every hit, its query's value at every token shown; None where no row is stored."""
+    values: dict[int, list[float | None]] = {}
     room = max(1, _GATHER_BYTES // (4 * acts.shape[1]))
     # Neighbouring hits share chunks, so rows are gathered in row order, as many hits at a time as fit.
     order = sorted(range(len(hits)), key=lambda i: shown[i].start)
@@ -233,12 +235,17 @@ def _values(
 
 def _values_of(
     acts: Activations, scorer: Scorer, hits: Sequence[Hit], shown: Sequence[_Shown], batch: Sequence[int]
-) -> dict[int, list[float]]:
+) -> dict[int, list[float | None]]:
     spans = [np.arange(shown[i].start, shown[i].start + len(shown[i].token_ids)) for i in batch]
-    rows, inverse = np.unique(np.concatenate(spans), return_inverse=True)
+    rows = np.unique(np.concatenate(spans))
+    rows = rows[acts.exist(rows)]
     acts_td = acts.read(rows)
-    found, at = {}, 0
+    found = {}
     for i, span in zip(batch, spans, strict=True):
-        found[i] = scorer.value(acts_td[inverse[at : at + len(span)]], hits[i].query).tolist()
-        at += len(span)
+        stored = np.flatnonzero(np.isin(span, rows, assume_unique=True))
+        values: list[float | None] = [None] * len(span)
+        scores = scorer.value(acts_td[np.searchsorted(rows, span[stored])], hits[i].query)
+        for place, value in zip(stored.tolist(), scores.tolist(), strict=True):
+            values[place] = value
+        found[i] = values
     return found

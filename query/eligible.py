@@ -4,6 +4,8 @@ Masks are applied in a fixed order and a row is counted at the first that remove
 `where`, then special tokens, then attention sinks by position; and, once the activations are read, rows that are not finite,
 attention sinks by norm, and rows of zeros where a direction is asked for.
 
+Of a run that keeps a sample of its rows, only those that it stores count at all: the others are not rows of it.
+
 Attention sinks are the few tokens that models attend to for lack of anything better; their activations are huge in a few
 dimensions, say nothing about the text, and would otherwise lead almost every answer. `mask_sinks` removes the first token
 of every model window, where they nearly always are, and rows whose L2 norm is over `SINK_NORM_RATIO` times the hook
@@ -26,16 +28,14 @@ import pyarrow as pa
 
 from actstore.errors import ErrorKind, FormatError, InvalidInputError, NotFoundError
 from actstore.run import Run
+from actstore.sampling import parse_kept
+from actstore.stats import SINK_NORM_RATIO
 
 from .where import Predicate
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Int64s: TypeAlias = npt.NDArray[np.int64]
 Selection: TypeAlias = slice | range | Sequence[int] | Int64s | None
-
-SINK_NORM_RATIO = 10.0
-"""Times the median norm above which a row is taken for an attention sink. A massive activation is about 1,000 times its
-row's median magnitude (Sun et al., section 2); in 4,096 Gaussian dimensions that is 10 times the norm of all the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,10 @@ class UnitRows:
 
     table: pa.Table
     keep: Bools
-    """Shape (t,)."""
+    """Shape (t,), for every token of the unit; False where a sampled run stores no row."""
+
+    n_stored: int
+    """Rows of activations that the run stores for the unit."""
 
     nbytes: int
     """Stored bytes of the token table."""
@@ -99,6 +102,7 @@ class Eligibility:
         self._masks = masks
         self.removed = Removed()
         self._tokenization = run.tokenization
+        self._kept = parse_kept(run.collection.config)
         top = self._tokenization.rows_per_unit * len(self._tokenization.units)
         self._rows = check_selection(masks.rows, top, name="rows", what="row")
         self._docs = check_selection(
@@ -140,19 +144,24 @@ class Eligibility:
         stored = self._run.collection.units[unit]
         first = unit * self._tokenization.rows_per_unit
         self.removed.n_seen += stored.rows
-        keep = np.ones(stored.rows, dtype=np.bool_)
+        tokens = self._tokenization.collection.units.get(unit)
+        keep = self._stored_rows(unit, 0 if tokens is None else tokens.rows)
+        if tokens is None or keep.sum() != stored.rows:
+            raise FormatError(
+                ErrorKind.INVARIANT_BROKEN,
+                f"unit {unit} has {stored.rows} rows in run {self._run.id!r} and {keep.sum()} in its tokenization: run fsck",
+            )
         if self._rows is not None:
-            keep = self.removed.apply("rows", keep, _in_range(self._rows, first, stored.rows))
+            keep = self.removed.apply("rows", keep, _in_range(self._rows, first, len(keep)))
             if not keep.any():
                 return None
         table = self._tokenization.unit_table(unit)
-        if table.num_rows != stored.rows:
+        if table.num_rows != len(keep):
             raise FormatError(
                 ErrorKind.INVARIANT_BROKEN,
-                f"unit {unit} has {stored.rows} rows in run {self._run.id!r} and {table.num_rows} in its tokenization: run fsck",
+                f"unit {unit} has {len(keep)} rows in the manifest and {table.num_rows} in its token table: run fsck",
             )
-        nbytes = self._tokenization.collection.units[unit].objects[0].nbytes
-        rows = UnitRows(unit, first, table, keep, nbytes)
+        rows = UnitRows(unit, first, table, keep, stored.rows, tokens.objects[0].nbytes)
         if self._docs is not None:
             rows.keep = self.removed.apply("docs", rows.keep, np.isin(rows.column("doc_id"), self._docs))
         if self._predicate is not None and rows.keep.any():
@@ -162,6 +171,15 @@ class Eligibility:
         if self._masks.sinks:
             rows.keep = self.removed.apply("window_first", rows.keep, rows.column("window_position") > 0)
         return rows
+
+    def _stored_rows(self, unit: int, n_tokens: int) -> Bools:
+        """Return which tokens of a unit the run keeps the rows of, shape (n_tokens,)."""
+        if self._kept is None:
+            return np.ones(n_tokens, dtype=np.bool_)
+        keep = np.zeros(n_tokens, dtype=np.bool_)
+        offsets = self._kept.offsets(unit, self._kept.rows_per_unit)
+        keep[offsets[: np.searchsorted(offsets, n_tokens)]] = True
+        return keep
 
 
 def check_selection(selection: Selection, stop: int, *, name: str, what: str) -> Int64s | None:

@@ -73,11 +73,12 @@ def examples(
 
     Returns:
         Columns: target (when several were given), rank (from 1), row, doc_id, position, token_id, token, value (the
-        activation, float64), context (struct of text, token_start, token_end, tokens, token_index, values).
+        activation, float64), context (struct of text, token_start, token_end, tokens, token_index, values; null where a
+        sampled run stores no row).
 
     Raises:
         NotFoundError: no such hook point, row or document; or a latent, as this store holds no dictionaries.
-        InvalidInputError: an index or vector that does not fit the hook point, or a bad option.
+        InvalidInputError: an index or vector that does not fit the hook point, a bad option, or a run of pooled vectors only.
         FormatError: stored rows are missing or damaged.
     """
     start = time.perf_counter()

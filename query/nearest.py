@@ -84,11 +84,12 @@ def nearest(
 
     Returns:
         Columns: query (its number, when several vectors were given), rank (from 1), row, doc_id, position, token_id, token,
-        value (cosine, inner product or distance, float64), context (its `values` are each shown token's).
+        value (cosine, inner product or distance, float64), context (its `values` are each shown token's, null where a
+        sampled run stores no row).
 
     Raises:
-        NotFoundError: no such hook point, row or document.
-        InvalidInputError: a query that does not fit, zeros with cosine, or a bad option.
+        NotFoundError: no such hook point, row or document, or a row that a sampled run did not keep.
+        InvalidInputError: a query that does not fit, zeros with cosine, a bad option, or a run of pooled vectors only.
         FormatError: stored rows are missing or damaged.
         MissingDependencyError: a text, and the packages that run models are not installed.
     """

@@ -144,7 +144,7 @@ def _blocks(
     for unit in eligibility.units():
         report.bytes_read += unit.nbytes
         wanted = np.flatnonzero(unit.keep)
-        if len(wanted) <= len(unit.keep) * _SPARSE_SHARE:
+        if len(wanted) <= unit.n_stored * _SPARSE_SHARE:
             for start in range(0, len(wanted), block_rows):
                 offsets = wanted[start : start + block_rows]
                 report.bytes_read += offsets.size * acts.layout.spec.row_bytes

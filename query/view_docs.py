@@ -9,7 +9,13 @@ SqlType = tuple[str, str, pa.DataType, str]
 
 
 def _column(name: str, type_: str, meaning: str) -> SqlType:
-    arrow = {"VARCHAR": pa.string(), "BIGINT": pa.int64(), "INTEGER": pa.int32(), "BOOLEAN": pa.bool_()}
+    arrow = {
+        "VARCHAR": pa.string(),
+        "BIGINT": pa.int64(),
+        "INTEGER": pa.int32(),
+        "BOOLEAN": pa.bool_(),
+        "FLOAT[]": pa.list_(pa.float32()),
+    }
     return (name, type_, arrow[type_], meaning)
 
 
@@ -39,7 +45,12 @@ VIEWS: dict[str, View] = {
             _column("revision", "VARCHAR", "commit of the model on the hub; null for a local folder"),
             _column("tokenization", "VARCHAR", "tokenization whose rows the run covers"),
             _column("corpus", "VARCHAR", "corpus behind the tokenization"),
-            _column("dtype", "VARCHAR", "stored number type: float32, float16 or bfloat16"),
+            _column(
+                "keep",
+                "VARCHAR",
+                "what is stored: dense (token rows), pooled (document vectors), or dense,pooled",
+            ),
+            _column("dtype", "VARCHAR", "stored number type: float32, float16, bfloat16 or int8"),
             _column("compute_dtype", "VARCHAR", "number type of the forward pass"),
             _column("codec", "VARCHAR", "how shards are encoded: hot, lz4 or cold"),
             _column("attn_implementation", "VARCHAR", "attention implementation of the forward pass"),
@@ -128,6 +139,29 @@ VIEWS: dict[str, View] = {
             ),
             _column("window", "INTEGER", "model window in the document, from 0"),
             _column("window_position", "INTEGER", "index in the window: the position that the model saw"),
+            _column(
+                "role", "VARCHAR", "who wrote the message that it is part of; null outside of conversations"
+            ),
+        ),
+    ),
+    "pooled": View(
+        "pooled vectors of the runs that keep them, one row per run, hook point, pooling and document. Documents that lie in "
+        "several units are there once the run is complete; run.pooled() has them before. Join documents through runs.corpus",
+        (
+            _column("run", "VARCHAR", "the run's name"),
+            _column("hook_point", "VARCHAR", "canonical name of the place in the model"),
+            _column(
+                "pooling", "VARCHAR", "mean, last, max or weighted_mean (weights grow with the position)"
+            ),
+            _column("doc_id", "BIGINT", "number of the document in the run's corpus"),
+            _column(
+                "n_tokens",
+                "BIGINT",
+                "tokens that entered the vector; each position of the document counts once",
+            ),
+            _column(
+                "vector", "FLOAT[]", "the vector, as long as the hook point's d_model; null without a token"
+            ),
         ),
     ),
     "units": View(

@@ -1,10 +1,11 @@
 """Where do the rows of each view come from? (What the views are, and their columns: `actstore.query.view_docs`.)
 
-Views over manifests (runs, hook points, units, ...) are small Arrow tables made from the store's state. Views over stored
-Parquet (`documents`, `tokens`) are read by DuckDB from checked local files, so that filters and projections reach the files.
+Views over manifests (runs, hook points, units, ...) are small Arrow tables made from the state. Views over stored Parquet
+(`documents`, `tokens`, `pooled`) are read by DuckDB from checked local files, so that filters and projections reach the files.
 Only what a query mentions is prepared.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from actstore.corpus import FIXED_COLUMNS
 from actstore.hook_points import parse_hook_point
 from actstore.log.values import Collection as StoredCollection
 from actstore.names import hook_point_folder
+from actstore.pooled_tables import pooled_column, pooled_objects
 from actstore.store import Store
 
 from .duck import quote_name, quote_text
@@ -47,6 +49,8 @@ def prepare_views(store: Store, names: Collection[str], *, empty: bool) -> Prepa
             _prepare_documents(store, prepared, empty=empty)
         elif name == "tokens":
             _prepare_tokens(store, prepared, empty=empty)
+        elif name == "pooled":
+            _prepare_pooled(store, prepared, empty=empty)
         else:
             rows = list(_STATE_VIEWS[name](store))
             prepared.tables[name] = pa.Table.from_pylist(rows, schema=VIEWS[name].schema)
@@ -114,8 +118,11 @@ def _prepare_tokens(store: Store, prepared: Prepared, *, empty: bool) -> None:
             words = f"vocabulary {tokenization.id}"
             prepared.tables[words] = tokenization.vocabulary()
             token, join = "v.token", f" LEFT JOIN {quote_name(words)} v ON v.token_id = t.token_id"
+        special = {"token": f"{token} AS token"}
+        if not tokenization.has_roles:
+            special["role"] = "NULL::VARCHAR AS role"
         columns = ", ".join(
-            f"{token} AS token" if name == "token" else f"t.{name}"
+            special.get(name, f"t.{name}")
             for name, *_ in VIEWS["tokens"].columns
             if name not in ("tokenization", "corpus")
         )
@@ -124,6 +131,29 @@ def _prepare_tokens(store: Store, prepared: Prepared, *, empty: bool) -> None:
             f"{columns} FROM {_read_parquet(files)} t{join}"
         )
     prepared.views.append("CREATE VIEW tokens AS " + " UNION ALL ".join(branches))
+
+
+def _prepare_pooled(store: Store, prepared: Prepared, *, empty: bool) -> None:
+    branches = [_empty_branch("pooled")]
+    for run in [] if empty else store.runs():
+        holders = [run.collection.units[u] for u in sorted(run.collection.units)]
+        stored = [holder.objects for holder in (*holders, run.collection.seal) if holder is not None]
+        objects = [o for of_holder in stored for o in pooled_objects(run.collection, of_holder)]
+        if not objects or not run.poolings:
+            continue
+        files = store.objects.files(objects)
+        prepared.files += files
+        prepared.nbytes += sum(obj.nbytes for obj in objects)
+        # Of the files, DuckDB opens those of the branches that a query's conditions leave, and reads only their columns.
+        for hook_point, pooling in itertools.product(run.hook_points, run.poolings):
+            columns = (quote_name(pooled_column(hook_point, part)) for part in ("n_tokens", pooling))
+            named = (f"{quote_text(text)} AS {column}" for text, column in
+                     ((run.id, "run"), (hook_point, "hook_point"), (pooling, "pooling")))  # fmt: skip
+            n_tokens, vector = columns
+            branches.append(
+                f"SELECT {', '.join(named)}, doc_id, {n_tokens} AS n_tokens, {vector} AS vector FROM {_read_parquet(files)}"
+            )
+    prepared.views.append("CREATE VIEW pooled AS " + " UNION ALL ".join(branches))
 
 
 def _read_parquet(files: Iterable[str]) -> str:
@@ -158,6 +188,7 @@ def _runs(store: Store) -> Iterable[dict[str, Any]]:
             "revision": config["model"].get("revision"),
             "tokenization": tokenization.id,
             "corpus": tokenization.corpus.id,
+            "keep": ",".join(run.keep),
             **{key: config.get(key) for key in ("dtype", "compute_dtype", "codec", "attn_implementation")},
             "n_hook_points": len(run.hook_points),
             "n_rows": run.n_rows,

@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from actstore.corpus import DOC_ID, Corpus
 from actstore.errors import InvalidInputError
-from actstore.tokenization import TOKEN_SCHEMA, Tokenization
+from actstore.tokenization import Tokenization
 
 from .duck import Limits, open_locked, quote_name, run_query
 from .sql_gate import CHANCE_FUNCTIONS, Checked, bad_sql, check_statement
 
 _INPUT = "tokens"
-_TOKEN_COLUMNS = (*TOKEN_SCHEMA.names, "token", "tokenization", "corpus")
+_MORE_COLUMNS = ("token", "tokenization", "corpus")
 
 
 def check_predicate(where: str) -> Checked:
@@ -71,6 +71,7 @@ class Predicate:
         mentioned = check_predicate(where).columns
         self._everything = "*" in mentioned
         self._tokenization = tokenization
+        self._token_columns = (*tokenization.schema.names, *_MORE_COLUMNS)
         self._limits = Limits(memory_bytes=memory_bytes, max_result_bytes=1 << 30, timeout_s=None, threads=1)
         self._document_columns = self._choose_document_columns(tokenization.corpus, mentioned)
         self._vocabulary = tokenization.vocabulary() if self._everything or "token" in mentioned else None
@@ -102,7 +103,7 @@ class Predicate:
         for name in corpus.columns:
             if name == DOC_ID:
                 continue
-            shown = f"document_{name}" if name.lower() in _TOKEN_COLUMNS else name
+            shown = f"document_{name}" if name.lower() in self._token_columns else name
             if self._everything or shown.lower() in mentioned:
                 chosen.append((name, shown))
         return chosen
@@ -114,22 +115,24 @@ class Predicate:
         if self._document_columns:
             documents = corpus.documents([0], [name for name, _ in self._document_columns]).slice(0, 0)
         try:
-            self._run(TOKEN_SCHEMA.empty_table(), documents)
+            self._run(self._tokenization.schema.empty_table(), documents)
         except InvalidInputError as error:
             if "not found in FROM" not in str(error):
                 raise
             shown = [
-                f"document_{n}" if n.lower() in _TOKEN_COLUMNS else n for n in corpus.columns if n != DOC_ID
+                f"document_{n}" if n.lower() in self._token_columns else n
+                for n in corpus.columns
+                if n != DOC_ID
             ]
             raise bad_sql(
                 f"where={self.where!r} names a column that neither tokens nor documents have; there are: "
-                f"{', '.join([*_TOKEN_COLUMNS, *shown])}"
+                f"{', '.join([*self._token_columns, *shown])}"
             ) from error
 
     def _run(self, unit_table: pa.Table, documents: pa.Table | None) -> npt.NDArray[np.int64]:
         con, tokenization = self._con, self._tokenization
         con.register("unit_tokens", unit_table)
-        columns = [f"t.{name}" for name in TOKEN_SCHEMA.names]
+        columns = [f"t.{name}" for name in tokenization.schema.names]
         columns.append("NULL::VARCHAR AS token" if self._vocabulary is None else "v.token")
         joins = "" if self._vocabulary is None else " LEFT JOIN vocabulary v ON v.token_id = t.token_id"
         if documents is not None:

@@ -48,15 +48,24 @@ def crc32c_joined(sums: npt.NDArray[np.uint32], piece_bytes: int) -> npt.NDArray
     >>> int(joined[0]) == crc32c(b"abcdef")
     True
     """
-    tables = _carry_tables(piece_bytes)
-    total = sums[:, 0].copy()
-    for piece in range(1, sums.shape[1]):
-        digits = total.view(np.uint8).reshape(-1, 4)
-        carried = tables[0][digits[:, 0]]
-        for byte in range(1, 4):
-            carried ^= tables[byte][digits[:, byte]]
-        total = carried ^ sums[:, piece]
-    return total
+    # Pieces are put together in pairs, pairs in pairs, and so on: few steps over many numbers. How long the first piece of
+    # a row is does not matter, so one that has no partner stays in front.
+    nbytes = piece_bytes
+    while sums.shape[1] > 1:
+        alone = sums.shape[1] % 2
+        pairs = _carried(sums[:, alone::2], nbytes) ^ sums[:, alone + 1 :: 2]
+        sums = np.concatenate([sums[:, :1], pairs], axis=1) if alone else pairs
+        nbytes *= 2
+    return sums[:, 0].copy()
+
+
+def _carried(sums: npt.NDArray[np.uint32], n_zeros: int) -> npt.NDArray[np.uint32]:
+    """Return checksums carried past `n_zeros` zero bytes; same shape, new memory."""
+    tables = _carry_tables(n_zeros)
+    carried = tables[0][sums & 0xFF]
+    for byte in range(1, 4):
+        carried ^= tables[byte][(sums >> (8 * byte)) & 0xFF]
+    return carried
 
 
 @cache

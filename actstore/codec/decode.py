@@ -62,14 +62,14 @@ def decode_shard(spec: ShardSpec, data: bytes, *, n_rows: int, key: str) -> Stor
         key: Its key, for messages.
 
     Returns:
-        `[n_rows, d_model]` of dtype `stored_dtype(spec.dtype)`, new memory.
+        `[n_rows, stored_width]` of dtype `stored_dtype(spec.dtype)`, new memory.
 
     Raises:
         FormatError: anything about the bytes is not as FORMAT.md has it.
     """
     view = np.frombuffer(data, np.uint8)
     index = parse_index(view[-spec.index_bytes :], spec, n_rows=n_rows, nbytes=len(data), key=key)
-    rows = np.empty((n_rows, spec.d_model), stored_dtype(spec.dtype))
+    rows = np.empty((n_rows, spec.stored_width), stored_dtype(spec.dtype))
     flat = rows.view(np.uint8).reshape(-1)
     decoder = ChunkDecoder(spec)
     for chunk, (offset, length) in enumerate(index.tolist()):

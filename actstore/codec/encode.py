@@ -44,7 +44,7 @@ def encode_shard(spec: ShardSpec, rows: StoredArray, *, threads: int = 1) -> Enc
 
     Args:
         spec: Layout of the shard.
-        rows: `[n_rows, d_model]` of dtype `stored_dtype(spec.dtype)`, 1 to `rows_per_shard` rows.
+        rows: `[n_rows, stored_width]` of dtype `stored_dtype(spec.dtype)`, 1 to `rows_per_shard` rows.
         threads: Threads that compress.
 
     Raises:
@@ -55,10 +55,10 @@ def encode_shard(spec: ShardSpec, rows: StoredArray, *, threads: int = 1) -> Enc
     76
     """
     expected = stored_dtype(spec.dtype)
-    if rows.ndim != 2 or rows.shape[1] != spec.d_model or not 1 <= len(rows) <= spec.rows_per_shard:
+    if rows.ndim != 2 or rows.shape[1] != spec.stored_width or not 1 <= len(rows) <= spec.rows_per_shard:
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
-            f"a shard takes 1 to {spec.rows_per_shard} rows of {spec.d_model} numbers, not an array of shape {rows.shape}",
+            f"a shard takes 1 to {spec.rows_per_shard} rows of {spec.stored_width} numbers, not an array of shape {rows.shape}",
         )
     if rows.dtype != expected:
         raise InvalidInputError(

@@ -9,11 +9,20 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from actstore.codec.spec import CODECS, ShardSpec, blosc_configuration
-from actstore.dtypes import stored_dtype
+from actstore.dtypes import SCALE_BYTES, stored_dtype
 from actstore.errors import ActstoreError, ErrorKind, FormatError
 
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+_BYTES = {"name": "bytes"}
+"""Numbers of one byte have no order of bytes."""
+
 _CRC = {"name": "crc32c"}
+_INT8_LAYOUT = {
+    "numbers": "the first d_model bytes of a row, int8",
+    "scale": "the last 4 bytes of a row, float32, little-endian",
+    "value": "number * scale * 2^exponent + mean, each step rounded to float32",
+}
+"""For who reads the array without knowing its format."""
 
 
 def zarr_json(spec: ShardSpec, *, n_shards: int, attributes: Mapping[str, Any]) -> bytes:
@@ -31,17 +40,17 @@ def zarr_json(spec: ShardSpec, *, n_shards: int, attributes: Mapping[str, Any]) 
     document = {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": [n_shards * spec.rows_per_shard, spec.d_model],
+        "shape": [n_shards * spec.rows_per_shard, spec.stored_width],
         "data_type": str(stored_dtype(spec.dtype)),
         "chunk_grid": {
             "name": "regular",
-            "configuration": {"chunk_shape": [spec.rows_per_shard, spec.d_model]},
+            "configuration": {"chunk_shape": [spec.rows_per_shard, spec.stored_width]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0 if spec.dtype == "bfloat16" else 0.0,
+        "fill_value": 0 if spec.dtype in ("bfloat16", "int8") else 0.0,
         "codecs": [_sharding(spec)],
-        "dimension_names": ["row", "d_model"],
-        "attributes": {"actstore": {**attributes, "logical_dtype": spec.dtype}},
+        "dimension_names": ["row", "byte" if spec.dtype == "int8" else "d_model"],
+        "attributes": {"actstore": {**_layout_attributes(spec), **attributes, "logical_dtype": spec.dtype}},
     }
     return json.dumps(document, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
 
@@ -77,13 +86,18 @@ def parse_zarr_json(data: bytes) -> tuple[ShardSpec, int]:
     return spec, n_shards
 
 
+def _layout_attributes(spec: ShardSpec) -> dict[str, Any]:
+    return {"d_model": spec.d_model, "layout": _INT8_LAYOUT} if spec.dtype == "int8" else {}
+
+
 def _sharding(spec: ShardSpec) -> dict[str, Any]:
     blosc = blosc_configuration(spec)
-    chain = [_LITTLE, *([{"name": "blosc", "configuration": blosc}] if blosc else []), _CRC]
+    numbers = _BYTES if stored_dtype(spec.dtype).itemsize == 1 else _LITTLE
+    chain = [numbers, *([{"name": "blosc", "configuration": blosc}] if blosc else []), _CRC]
     return {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": [spec.rows_per_chunk, spec.d_model],
+            "chunk_shape": [spec.rows_per_chunk, spec.stored_width],
             "codecs": chain,
             "index_codecs": [_LITTLE, _CRC],
             "index_location": "end",
@@ -92,14 +106,15 @@ def _sharding(spec: ShardSpec) -> dict[str, Any]:
 
 
 def _spec_of(document: Any) -> tuple[ShardSpec, int]:
-    n_rows, d_model = _ints(document["shape"])
+    n_rows, width = _ints(document["shape"])
     rows_per_shard, shard_width = _ints(document["chunk_grid"]["configuration"]["chunk_shape"])
     sharding = document["codecs"][0]["configuration"]
     rows_per_chunk, chunk_width = _ints(sharding["chunk_shape"])
     data_type = document["data_type"]
     dtype = document["attributes"].get("actstore", {}).get("logical_dtype", data_type)
+    d_model = width - SCALE_BYTES if dtype == "int8" else width
     spec = ShardSpec(rows_per_shard, rows_per_chunk, d_model, dtype, _codec_of(sharding["codecs"]))
-    if (shard_width, chunk_width) != (d_model, d_model) or n_rows % rows_per_shard:
+    if (shard_width, chunk_width) != (width, width) or n_rows % rows_per_shard:
         raise ValueError("chunks do not hold full rows, or the last shard is cut")
     if str(stored_dtype(dtype)) != data_type:
         raise ValueError(f"logical dtype {dtype!r} is not stored as {data_type!r}")

@@ -1,7 +1,8 @@
 """Which bytes must be read for these rows, and where does each row go? Pure functions.
 
-*Scattered* rows are fetched by sum groups (about a page, the least that can be verified), neighbours together; *spans* are
-runs of rows fetched by chunks. Neither ever crosses a chunk without its checksum being accounted for.
+Rows are asked for by their *places*, where they lie in the hook point's array (`RowLayout.places`): their row numbers, unless
+the run keeps a sample. *Scattered* rows are fetched by sum groups (about a page, the least that can be verified), neighbours
+together; *spans* are runs of rows fetched by chunks. Neither ever crosses a chunk without its checksum being accounted for.
 """
 
 import itertools
@@ -72,19 +73,19 @@ class Piece:
         return self.unit.shards[self.number]
 
 
-def plan_shards(layout: RowLayout, rows: Int64s) -> list[ShardRows]:
+def plan_shards(layout: RowLayout, places: Int64s) -> list[ShardRows]:
     """Return which rows to take from which shard.
 
     Args:
         layout: Of the hook point.
-        rows: Existing rows, in any order, repeats allowed.
+        places: Of existing rows, in any order, repeats allowed.
     """
-    if not len(rows):
+    if not len(places):
         return []
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
+    order = np.argsort(places, kind="stable")
+    ordered = places[order]
     shard_ids = ordered // layout.spec.rows_per_shard
-    per_unit = layout.rows_per_unit // layout.spec.rows_per_shard
+    per_unit = layout.stored_rows_per_unit // layout.spec.rows_per_shard
     by_number = {unit.unit: unit for unit in layout.units}
     cuts = [0, *(np.flatnonzero(np.diff(shard_ids)) + 1).tolist(), len(ordered)]
     plans = []
@@ -124,12 +125,12 @@ def plan_fetches(spec: ShardSpec, wanted: ShardRows, *, max_gap_rows: int, max_r
 
 
 def plan_pieces(layout: RowLayout, unit: UnitRows, start: int, stop: int, *, target: int = 0) -> list[Piece]:
-    """Return the pieces of chunks that make up rows `[start, stop)` of a unit, in order.
+    """Return the pieces of chunks that make up stored rows `[start, stop)` of a unit, in order.
 
     Args:
         layout: Of the hook point.
         unit: One of its units.
-        start: First row, counted in the unit.
+        start: First row, counted in the rows that the unit stores.
         stop: Its end, at most `unit.n_rows`.
         target: Row of the answer where row `start` goes.
     """
@@ -150,12 +151,11 @@ def plan_slabs(
 ) -> Iterator[tuple[UnitRows, int, int]]:
     """Yield the existing rows of `[start, stop)` as runs `(unit, first, end)` of at most `slab_rows` rows.
 
-    A run lies within one unit; `first` and `end` count in the unit, from whose first row (or `start`) runs are cut.
+    A run lies within one unit; `first` and `end` count the rows that it stores, from whose first (or `start`) runs are cut.
     """
     for unit in layout.units:
         if units is not None and unit.unit not in units:
             continue
-        base = unit.unit * layout.rows_per_unit
-        first, end = max(0, start - base), min(unit.n_rows, stop - base)
+        first, end = layout.span(unit, start, stop)
         for low in range(first, end, slab_rows):
             yield unit, low, min(low + slab_rows, end)

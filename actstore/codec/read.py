@@ -18,10 +18,11 @@ import numpy.typing as npt
 from actstore.codec.crc import crc32c
 from actstore.codec.decode import ChunkDecoder
 from actstore.codec.index import damaged, missing
-from actstore.codec.layout import RowLayout
+from actstore.codec.layout import RowLayout, UnitRows
 from actstore.codec.plan import Fetch, Int64s, Piece, plan_fetches, plan_pieces, plan_shards
 from actstore.codec.trusted import Trusted, UnitSums
-from actstore.dtypes import StoredArray, stored_dtype, to_float32
+from actstore.dtypes import FloatArray, StoredArray, stored_dtype, to_float32
+from actstore.int8 import dequantise
 from actstore.storage.base import Storage
 
 _GAP_BYTES_LOCAL: Final = 16 << 10
@@ -63,26 +64,30 @@ class RowReader:
         self._stored = stored_dtype(layout.spec.dtype)
         self._scratch: SimpleQueue[npt.NDArray[np.uint8]] = SimpleQueue()
 
-    def gather(self, rows: Int64s, out: StoredArray) -> None:
-        """Read rows that exist, in any order and repeated, into `out` `[len(rows), d_model]` in the order asked."""
+    def gather(self, places: Int64s, out: StoredArray) -> None:
+        """Read the rows at some places, in any order and repeated, into `out` `[len(places), width]` in the order asked.
+
+        Args:
+            places: From `layout.places`.
+            out: float32 of `d_model` numbers a row, or of the stored dtype and width.
+        """
         spec = self.layout.spec
         gap = (_GAP_BYTES_LOCAL if self.is_local else _GAP_BYTES_REMOTE) // spec.row_bytes
-        max_rows = max(1, self.memory_bytes // (4 * self.threads * spec.row_bytes))
-        plans = plan_shards(self.layout, rows)
+        per_row = spec.row_bytes + (4 * spec.d_model if spec.dtype == "int8" else 0)
+        max_rows = max(1, self.memory_bytes // (4 * self.threads * per_row))
+        plans = plan_shards(self.layout, places)
         fetches = [
             fetch for plan in plans for fetch in plan_fetches(spec, plan, max_gap_rows=gap, max_rows=max_rows)
         ]
         fetch_one = self._fetch_hot if spec.codec == "hot" else self._fetch_compressed
         run_all([partial(fetch_one, fetch, out) for fetch in fetches], threads=self.threads)
 
-    def read_runs(self, runs: Iterable[tuple[int, int]], out: StoredArray) -> None:
-        """Read runs of existing rows `[start, stop)`, each within one unit, one after another into `out`."""
-        by_number = {unit.unit: unit for unit in self.layout.units}
-        pieces, target = [], 0
-        for start, stop in runs:
-            number, first = divmod(start, self.layout.rows_per_unit)
-            pieces += plan_pieces(self.layout, by_number[number], first, first + stop - start, target=target)
-            target += stop - start
+    def read_runs(self, runs: Iterable[tuple[UnitRows, int, int]], out: StoredArray) -> None:
+        """Read runs `(unit, first, end)` of units' stored rows one after another into `out`."""
+        pieces, target = list[Piece](), 0
+        for unit, first, end in runs:
+            pieces += plan_pieces(self.layout, unit, first, end, target=target)
+            target += end - first
         run_all(self.tasks(pieces, out), threads=self.threads)
 
     def tasks(
@@ -92,8 +97,8 @@ class RowReader:
 
         Args:
             pieces: What to read.
-            out: `[rows, d_model]` or `[rows, len(columns)]`, float32 or of the stored dtype.
-            columns: Of `d_model`; all of them if None.
+            out: `[rows, width]`, float32 of `d_model` numbers a row or of the stored dtype and width; `[rows, len(columns)]`.
+            columns: Of that width; all of them if None.
         """
         return [partial(self._read_span, span, out, columns) for span in self._spans(pieces)]
 
@@ -199,15 +204,19 @@ class RowReader:
         row_bytes = self.layout.spec.row_bytes
         part = rows[(piece.start - first) * row_bytes : (piece.stop - first) * row_bytes]
         values = part.view(self._stored).reshape(piece.stop - piece.start, -1)
-        self._convert(
-            values if columns is None else values[:, columns], out[piece.target : piece.target + len(values)]
-        )
-
-    def _convert(self, stored: StoredArray, out: StoredArray) -> None:
-        if out.dtype == self._stored:
-            out[...] = stored
+        target = out[piece.target : piece.target + len(values)]
+        if out.dtype != self._stored:
+            self.widen(values, out=target, columns=columns)
         else:
-            to_float32(stored, self.layout.spec.dtype, out=out)
+            target[...] = values if columns is None else values[:, columns]
+
+    def widen(
+        self, stored: StoredArray, *, out: FloatArray | None = None, columns: Int64s | None = None
+    ) -> FloatArray:
+        """Return stored rows `[t, stored_width]` as float32 `[t, d_model]` or `[t, len(columns)]`, in `out` if given."""
+        if self.layout.int8 is not None:
+            return dequantise(stored, self.layout.int8, out, columns=columns)
+        return to_float32(stored if columns is None else stored[:, columns], self.layout.spec.dtype, out=out)
 
     def _fetch_hot(self, fetch: Fetch, out: StoredArray) -> None:
         """Bring scattered rows of an uncompressed shard: exact ranges of sum groups."""
@@ -228,7 +237,7 @@ class RowReader:
             right = sums.match(spec, data, groups)
         if not right:
             raise _wrong_rows(wanted.shard.key)
-        self._scatter(fetch, data.view(self._stored).reshape(-1, spec.d_model), out)
+        self._scatter(fetch, data.view(self._stored).reshape(-1, spec.stored_width), out)
 
     def _fetch_compressed(self, fetch: Fetch, out: StoredArray) -> None:
         """Bring scattered rows of a compressed shard: the frames of their chunks, decoded one at a time."""
@@ -249,7 +258,7 @@ class RowReader:
                     wanted.rows, [chunk * spec.rows_per_chunk, (chunk + 1) * spec.rows_per_chunk]
                 )
             )
-            values = rows.view(self._stored).reshape(-1, spec.d_model)[
+            values = rows.view(self._stored).reshape(-1, spec.stored_width)[
                 wanted.rows[here] - chunk * spec.rows_per_chunk
             ]
             out[wanted.targets[here]] = self._answer(values, out)
@@ -258,7 +267,7 @@ class RowReader:
         out[fetch.wanted.targets] = self._answer(read[fetch.places], out)
 
     def _answer(self, stored: StoredArray, out: StoredArray) -> StoredArray:
-        return stored if out.dtype == self._stored else to_float32(stored, self.layout.spec.dtype)
+        return stored if out.dtype == self._stored else self.widen(stored)
 
     def _get_ranges(self, key: str, begins: Int64s, ends: Int64s) -> npt.NDArray[np.uint8]:
         """Return the bytes of all ranges, one after another."""

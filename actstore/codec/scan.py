@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.codec.buffers import BufferRing
+from actstore.codec.layout import UnitRows
 from actstore.codec.plan import Int64s, plan_pieces, plan_slabs
 from actstore.codec.read import RowReader, wait_for
 
@@ -34,8 +35,8 @@ def scan_slabs(
     dtype: np.dtype[Any],
     columns: Int64s | None,
     units: frozenset[int] | None,
-) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Yield existing rows of `[start, stop)` in order, as `(first row, values)` runs without gaps.
+) -> Iterator[tuple[UnitRows, int, npt.NDArray[Any]]]:
+    """Yield existing rows of `[start, stop)` in order, as runs of one unit's stored rows.
 
     Args:
         reader: Of the hook point.
@@ -43,17 +44,18 @@ def scan_slabs(
         start: First row.
         stop: End of the rows.
         dtype: float32, or the stored dtype.
-        columns: Of `d_model`; all of them if None.
+        columns: Of the numbers of a row in that dtype; all of them if None.
         units: The only units to read; all of them if None.
 
     Yields:
-        The row number of a run's first row and its values `[rows, d_model]` or `[rows, len(columns)]`.
+        The unit, its first stored row in the run, and the run's values `[rows, width]` or `[rows, len(columns)]`.
 
     Raises:
         FormatError: an object is missing or damaged; rows before it have been yielded.
     """
     layout = reader.layout
-    width = layout.spec.d_model if columns is None else len(columns)
+    all_columns = layout.spec.d_model if dtype == np.float32 else layout.spec.stored_width
+    width = all_columns if columns is None else len(columns)
     row_bytes = max(1, width * dtype.itemsize)
     target = _SLAB_BYTES_LOCAL if reader.is_local else _SLAB_BYTES_REMOTE
     slab_rows = batch_rows * max(1, target // (batch_rows * max(row_bytes, layout.spec.row_bytes)))
@@ -61,7 +63,7 @@ def scan_slabs(
     ahead = min(affordable, _MAX_AHEAD_LOCAL) if reader.is_local else affordable
     ring = BufferRing(slab_rows * row_bytes, capacity=ahead + 2)
     slabs = plan_slabs(layout, start=start, stop=stop, slab_rows=slab_rows, units=units)
-    waiting: deque[tuple[int, npt.NDArray[Any], list[Future[None]]]] = deque()
+    waiting: deque[tuple[UnitRows, int, npt.NDArray[Any], list[Future[None]]]] = deque()
     with ThreadPoolExecutor(reader.threads) as pool:
         try:
             more = True
@@ -74,15 +76,13 @@ def scan_slabs(
                     unit, first, end = slab
                     out = ring.take((end - first, width), dtype)
                     tasks = reader.tasks(plan_pieces(layout, unit, first, end), out, columns)
-                    waiting.append(
-                        (unit.unit * layout.rows_per_unit + first, out, [pool.submit(task) for task in tasks])
-                    )
+                    waiting.append((unit, first, out, [pool.submit(task) for task in tasks]))
                     del out
                 if waiting:
-                    row, values, futures = waiting.popleft()
+                    unit, first, values, futures = waiting.popleft()
                     wait_for(futures)
                     del futures
-                    yield row, values
+                    yield unit, first, values
                     del values
         finally:
             pool.shutdown(cancel_futures=True)

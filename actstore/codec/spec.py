@@ -1,6 +1,6 @@
 """How are the rows of one hook point laid out in shards, and what does Zarr call that? (FORMAT.md, section 6)
 
-A run's rows of a hook point are one Zarr v3 array `[rows, d_model]`, cut into shards of `rows_per_shard` rows, one object
+A run's rows of a hook point are one Zarr v3 array `[rows, stored_width]`, cut into shards of `rows_per_shard` rows, one object
 each. A shard is inner chunks of `rows_per_chunk` full rows, each with its CRC-32C, and an index at its end. Uncompressed,
 it is a row-major file with 4 bytes after each chunk.
 """
@@ -8,7 +8,7 @@ it is a row-major file with 4 bytes after each chunk.
 from dataclasses import dataclass
 from typing import Any, Final
 
-from actstore.dtypes import stored_dtype
+from actstore.dtypes import stored_dtype, stored_width
 from actstore.errors import ErrorKind, InvalidInputError
 
 MAX_SHARD_BYTES: Final = 128 << 20
@@ -51,8 +51,10 @@ class ShardSpec:
     """Divides `rows_per_shard`."""
 
     d_model: int
+    """Numbers of a row as readers give it."""
+
     dtype: str
-    """`float32`, `float16` or `bfloat16`."""
+    """`float32`, `float16`, `bfloat16`, or `int8` with a scale per row."""
 
     codec: str
     """`hot`, `lz4` or `cold`."""
@@ -83,9 +85,18 @@ class ShardSpec:
         return self.rows_per_shard // self.rows_per_chunk
 
     @property
+    def stored_width(self) -> int:
+        """Stored numbers of a row: `d_model`, or for int8 `d_model` and the bytes of the row's scale.
+
+        >>> ShardSpec(8, 4, 2, "int8", "hot").stored_width
+        6
+        """
+        return stored_width(self.d_model, self.dtype)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row before compression."""
-        return self.d_model * stored_dtype(self.dtype).itemsize
+        return self.stored_width * stored_dtype(self.dtype).itemsize
 
     @property
     def chunk_bytes(self) -> int:
@@ -100,8 +111,12 @@ class ShardSpec:
     @property
     def rows_per_sum(self) -> int:
         """Rows under one checksum of the unit's sums: the fewest that fill a page, by powers of two, within a chunk."""
-        wanted = _power_of_two_at_least(-(-TARGET_SUM_BYTES // self.row_bytes))
-        return min(wanted, self.rows_per_chunk & -self.rows_per_chunk)
+        return min(self.wanted_rows_per_sum, self.rows_per_chunk & -self.rows_per_chunk)
+
+    @property
+    def wanted_rows_per_sum(self) -> int:
+        """What `rows_per_sum` is where chunks let it be."""
+        return _power_of_two_at_least(-(-TARGET_SUM_BYTES // self.row_bytes))
 
     def n_chunks_of(self, n_rows: int) -> int:
         """Return how many chunks a shard of `n_rows` rows stores."""
@@ -127,7 +142,7 @@ def plan_spec(*, rows_per_unit: int, d_model: int, dtype: str, codec: str) -> Sh
             ErrorKind.BAD_ARGUMENT,
             f"{rows_per_unit} rows of {d_model} numbers cannot be stored: both must be positive",
         )
-    row_bytes = d_model * stored_dtype(dtype).itemsize
+    row_bytes = stored_width(d_model, dtype) * stored_dtype(dtype).itemsize
     rows_per_shard = _halve(rows_per_unit, row_bytes, MAX_SHARD_BYTES)
     if rows_per_shard * row_bytes > MAX_SHARD_BYTES:
         raise InvalidInputError(

@@ -36,7 +36,7 @@ class SumsRef:
 
 
 def sums_of(spec: ShardSpec, rows: StoredArray) -> Sums:
-    """Return the sums of contiguous stored rows `[n_rows, d_model]` that start at a multiple of `rows_per_sum`.
+    """Return the sums of contiguous stored rows `[n_rows, stored_width]` that start at a multiple of `rows_per_sum`.
 
     >>> spec = ShardSpec(8, 4, 2, "float16", "hot")
     >>> sums_of(spec, np.zeros((5, 2), np.float16)).shape
@@ -47,7 +47,7 @@ def sums_of(spec: ShardSpec, rows: StoredArray) -> Sums:
     whole = crc32c_pieces(rows[: n_whole * per_sum].view(np.uint8).reshape(n_whole, per_sum * spec.row_bytes))
     if n_whole * per_sum == len(rows):
         return whole
-    padded = np.zeros((per_sum, spec.d_model), rows.dtype)
+    padded = np.zeros((per_sum, spec.stored_width), rows.dtype)
     padded[: len(rows) - n_whole * per_sum] = rows[n_whole * per_sum :]
     return np.append(whole, crc32c_pieces(padded.view(np.uint8).reshape(1, -1)))
 

@@ -6,15 +6,13 @@ changes later is noticed.
 """
 
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from actstore.codec.cache import BytesCache
 from actstore.codec.crc import crc32c_pieces
 from actstore.codec.decode import decode_shard
 from actstore.codec.index import damaged, missing, parse_index
@@ -28,8 +26,6 @@ SUMS_CACHE_BYTES: Final = 64 << 20
 
 INDEX_CACHE_BYTES: Final = 16 << 20
 """Indexes of about 8,000 shards."""
-
-V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +62,8 @@ class Trusted:
     def __init__(self, storage: Storage, spec: ShardSpec) -> None:
         self._storage = storage
         self._spec = spec
-        self._sums: _Cache[UnitSums] = _Cache(SUMS_CACHE_BYTES)
-        self._indexes: _Cache[npt.NDArray[np.int64]] = _Cache(INDEX_CACHE_BYTES)
+        self._sums: BytesCache[UnitSums] = BytesCache(SUMS_CACHE_BYTES)
+        self._indexes: BytesCache[npt.NDArray[np.int64]] = BytesCache(INDEX_CACHE_BYTES)
 
     def sums(self, unit: UnitRows) -> UnitSums:
         """Return a unit's sums, from its sums object or, when it has none, from its shards hashed whole.
@@ -124,28 +120,3 @@ class Trusted:
                 sums_of(self._spec, decode_shard(self._spec, data, n_rows=shard.n_rows, key=shard.key))
             )
         return np.concatenate(parts)
-
-
-class _Cache(Generic[V]):
-    """Values by key up to a total size, least recently used ones dropped first. A value may be loaded twice at once."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._nbytes = 0
-        self._values: OrderedDict[str, tuple[V, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: str, load: Callable[[], tuple[V, int]]) -> V:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key][0]
-        value, nbytes = load()
-        with self._lock:
-            if key not in self._values:
-                self._values[key] = (value, nbytes)
-                self._nbytes += nbytes
-            while self._nbytes > self._max_bytes and len(self._values) > 1:
-                _, (_, dropped) = self._values.popitem(last=False)
-                self._nbytes -= dropped
-        return value

@@ -1,4 +1,4 @@
-"""Run the benchmarks and print them as the table of the README: `python -m tests.benchmarks [storage|open|capture|ingest]`.
+"""Run the benchmarks and print them as the table of the README: `python -m tests.benchmarks [storage|open|capture|stats|ingest]`.
 
 Every figure is a ratio to a floor measured in the same run, or a time; medians, because machines are shared and noisy.
 """
@@ -6,7 +6,14 @@ Every figure is a ratio to a floor measured in the same run, or a time; medians,
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.benchmarks import bench_capture, bench_ingest, bench_open, bench_storage, bench_workers
+from tests.benchmarks import (
+    bench_capture,
+    bench_ingest,
+    bench_open,
+    bench_stats,
+    bench_storage,
+    bench_workers,
+)
 
 Row = tuple[str, str, str]
 """What was measured, the figure, and what it is measured against."""
@@ -28,6 +35,12 @@ def capture() -> Iterator[Row]:
     """The capture alone against a loop that only computes."""
     for name, ratio, absolute, note in bench_capture.run():
         yield f"capture, {name}", f"{ratio:.2f}x", f"{absolute}; {note}"
+
+
+def stats() -> Iterator[Row]:
+    """Statistics of a unit against numpy's mean and variance; less than 1 is faster."""
+    for name, ratio, _, note in bench_stats.run():
+        yield name, f"{ratio:.2f}x", note
 
 
 def ingest() -> Iterator[Row]:
@@ -52,6 +65,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "storage": storage,
     "open": opening,
     "capture": capture,
+    "stats": stats,
     "ingest": ingest,
     "workers": workers,
 }

@@ -37,7 +37,7 @@ CASES: tuple[tuple[str, dict[str, int], list[str], int, int, str], ...] = (
         8_000,
         "bfloat16",
     ),
-    ("capture, 4 layers x 256, all 21", {"n_layers": 4, "d_model": 256}, ["*"], 4, 8_000, "bfloat16"),
+    ("capture, 4 layers x 256, all 34", {"n_layers": 4, "d_model": 256}, ["*"], 4, 8_000, "bfloat16"),
     (
         "capture, 12 layers x 768, layer 8",
         {"n_layers": 12, "d_model": 768},

@@ -22,7 +22,7 @@ import numpy as np
 PEER = Path("build/peers/saelens/bin/python")
 CONTEXT, N_WINDOWS, BATCH_ROWS, N_LAYERS, D_MODEL = 128, 2_048, 16, 4, 256
 ROUNDS = 3
-ROWS_PER_UNIT = 32_768
+ROWS_PER_UNIT = 65_536
 
 
 def make_inputs(folder: Path) -> None:
@@ -136,7 +136,7 @@ def killed_half_way(folder: Path) -> tuple[str, str]:
     while process.poll() is None:
         found = store.refresh().state.collections.get(("run", "killed"))
         n_done = len(found.units) if found else 0
-        if n_done >= 4:
+        if n_done >= 2:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

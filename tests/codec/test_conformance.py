@@ -22,7 +22,7 @@ ALL = [(codec, dtype) for codec in CODECS for dtype in STORED_DTYPES]
 
 def write_ours(folder, spec, unit_rows):
     """Write one shard per unit; return the whole array as a Zarr reader must see it."""
-    expected = np.zeros((len(unit_rows) * spec.rows_per_shard, spec.d_model), stored_dtype(spec.dtype))
+    expected = np.zeros((len(unit_rows) * spec.rows_per_shard, spec.stored_width), stored_dtype(spec.dtype))
     for unit, n_rows in enumerate(unit_rows):
         start = unit * spec.rows_per_shard
         rows = addressed_rows(start + np.arange(n_rows), spec.d_model, spec.dtype)
@@ -40,10 +40,10 @@ def open_theirs(folder, spec, n_shards):
     compressors = [*([zarr.codecs.BloscCodec(**blosc)] if blosc else []), zarr.codecs.Crc32cCodec()]
     return zarr.create_array(
         zarr.storage.LocalStore(folder),
-        shape=(n_shards * spec.rows_per_shard, spec.d_model),
+        shape=(n_shards * spec.rows_per_shard, spec.stored_width),
         dtype=stored_dtype(spec.dtype),
-        shards=(spec.rows_per_shard, spec.d_model),
-        chunks=(spec.rows_per_chunk, spec.d_model),
+        shards=(spec.rows_per_shard, spec.stored_width),
+        chunks=(spec.rows_per_chunk, spec.stored_width),
         compressors=compressors,
         filters=None,
         fill_value=0,
@@ -62,8 +62,13 @@ def test_zarr_and_tensorstore_read_our_shards(tmp_path, codec, dtype):
     spec = ShardSpec(64, 16, 24, dtype, codec)
     expected = write_ours(tmp_path, spec, [64, 64, 37])
     array = zarr.open_array(zarr.storage.LocalStore(tmp_path), mode="r")
-    assert array.metadata.dimension_names == ("row", "d_model")
-    assert array.attrs["actstore"] == {"logical_dtype": dtype, "run": "r"}
+    assert array.metadata.dimension_names == ("row", "byte" if dtype == "int8" else "d_model")
+    attributes = dict(array.attrs["actstore"])
+    if dtype == "int8":
+        assert attributes.pop("d_model") == 24
+        assert "float32" in attributes.pop("layout")["scale"]
+        assert array.shape[1] == 28
+    assert attributes == {"logical_dtype": dtype, "run": "r"}
     assert np.array_equal(bits(array[:]), bits(expected))
     assert np.array_equal(bits(array[50:130:7]), bits(expected[50:130:7]))
     other = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{tmp_path}/"}).result()
@@ -114,7 +119,7 @@ def test_round_trip_of_any_bits(codec_dtype, n_chunks, rows_per_chunk, d_model, 
     n_rows = data.draw(st.integers(1, spec.rows_per_shard))
     seed = data.draw(st.integers(0, 2**32))
     raw = np.random.default_rng(seed).bytes(n_rows * spec.row_bytes)
-    rows = np.frombuffer(raw, stored_dtype(dtype)).reshape(n_rows, d_model)
+    rows = np.frombuffer(raw, stored_dtype(dtype)).reshape(n_rows, spec.stored_width)
     shard = encode_shard(spec, rows)
     stored = b"".join(shard.buffers)
     assert len(stored) == shard.nbytes
@@ -153,6 +158,8 @@ def test_rows_of_another_dtype_are_refused():
         (1024, 8, "float32", (1024, 1024)),
         (100, 64, "float32", (100, 100)),
         (48_000, 768, "bfloat16", (48_000, 375)),
+        (65_536, 768, "int8", (65_536, 1024)),
+        (65_536, 4096, "int8", (16_384, 128)),
     ],
 )
 def test_planned_sizes(unit, d_model, dtype, expected):
@@ -198,12 +205,21 @@ def changed(path, value):
         (["zarr_format"], 2),
         (["chunk_key_encoding", "configuration", "separator"], "."),
         (["storage_transformers"], ["x"]),
+        (["attributes", "actstore", "logical_dtype"], "int8"),
     ],
 )
 def test_foreign_metadata_is_refused(path, value):
     with pytest.raises(FormatError) as error:
         parse_zarr_json(changed(path, value))
     assert error.value.kind is ErrorKind.OBJECT_DAMAGED
+
+
+@pytest.mark.parametrize("shape", [[24, 4], [24, 3], [24, 5]])
+def test_int8_rows_without_room_for_a_number_and_a_scale(shape):
+    document = json.loads(zarr_json(ShardSpec(8, 4, 2, "int8", "hot"), n_shards=3, attributes={}))
+    document["shape"] = shape
+    with pytest.raises(FormatError):
+        parse_zarr_json(json.dumps(document).encode())
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"shape": [1, 2]}'])

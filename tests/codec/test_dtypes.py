@@ -4,7 +4,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actstore.dtypes import STORED_DTYPES, count_nonfinite, natural_dtype, stored_dtype, to_float32, to_stored
+from actstore.dtypes import (
+    FLOAT_DTYPES,
+    STORED_DTYPES,
+    count_nonfinite,
+    natural_dtype,
+    stored_dtype,
+    to_float32,
+    to_stored,
+)
 from actstore.errors import ErrorKind, InvalidInputError
 
 ALL_16 = np.arange(2**16, dtype=np.uint16)
@@ -51,13 +59,13 @@ def test_float16_rounds_as_torch_and_overflows_to_infinity():
     assert count_nonfinite(to_stored(values, "float16"), "float16") == 3
 
 
-@pytest.mark.parametrize("dtype", STORED_DTYPES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_nonfinite_are_counted(dtype):
     values = np.array([[0.0, np.nan, np.inf], [-np.inf, 1.0, -0.0]], np.float32)
     assert count_nonfinite(to_stored(values, dtype), dtype) == 3
 
 
-@pytest.mark.parametrize("dtype", STORED_DTYPES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_widening_into_strided_memory(dtype):
     stored = to_stored(np.arange(12, dtype=np.float32).reshape(3, 4), dtype)
     out = np.zeros((3, 8), np.float32)
@@ -71,3 +79,12 @@ def test_a_dtype_that_is_not_stored():
         stored_dtype("float64")
     assert error.value.kind is ErrorKind.BAD_ARGUMENT
     assert natural_dtype("float32") == np.float32
+
+
+def test_int8_rows_are_no_plain_numbers():
+    assert [*FLOAT_DTYPES, "int8"] == list(STORED_DTYPES)
+    assert natural_dtype("int8") == np.float32
+    with pytest.raises(InvalidInputError, match=r"actstore\.int8"):
+        to_float32(np.zeros((1, 5), np.int8), "int8")
+    with pytest.raises(InvalidInputError, match=r"actstore\.int8"):
+        to_stored(np.zeros((1, 5), np.float32), "int8")

@@ -6,6 +6,7 @@ Everything that a test needs to work out an answer on its own is kept beside the
 import io
 import uuid
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,10 @@ from actstore.codec.metadata import zarr_json
 from actstore.codec.spec import plan_spec
 from actstore.codec.sums import pack_sums
 from actstore.dtypes import to_float32, to_stored
+from actstore.int8 import Int8Transform, fit_int8, quantise
 from actstore.log.values import Add, Create, Seal
 from actstore.names import hook_point_folder
+from actstore.sampling import Sample
 from actstore.stats import block_stats, merge_stats, stats_to_table
 from actstore.storage import write_new
 from actstore.store import Store
@@ -206,16 +209,61 @@ def add_tokenization(
     return name, [t for tokens in units for t in tokens]
 
 
+def by_unit(made: Made) -> dict[int, list[Token]]:
+    """The tokens of every unit."""
+    tokenization = made.store.tokenization(made.tokenization)
+    units = {unit.unit: [] for unit in tokenization.units}
+    for token in made.tokens:
+        units[token.row // tokenization.rows_per_unit].append(token)
+    return units
+
+
+def is_kept(row: int, sample: Sample) -> bool:
+    """Whether a sampled run keeps a row, by Python's own integers (FORMAT.md, section 6.8)."""
+    mask = (1 << 64) - 1
+
+    def mixed(z: int) -> int:
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    gamma = 0x9E3779B97F4A7C15
+    key = mixed((sample.seed + gamma) & mask)
+    return mixed((key + (row + 1) * gamma) & mask) < Fraction(sample.rate) * (1 << 64)
+
+
+def moments(values, hook_point: str, made: Made) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of all finite rows."""
+    rows = np.concatenate([values(hook_point, tokens) for tokens in by_unit(made).values()])
+    rows = rows[np.isfinite(rows).all(axis=1)].astype(np.float64)
+    return rows.mean(axis=0), rows.std(axis=0)
+
+
+def naive_numbers(stored: np.ndarray, transform: Int8Transform) -> np.ndarray:
+    """What int8 rows stand for (FORMAT.md, section 6.7), every step in float64 and then rounded to float32."""
+    scales = np.frombuffer(stored[:, -4:].tobytes(), "<f4").astype(np.float64)
+    steps = (stored[:, :-4] * scales[:, None]).astype(np.float32).astype(np.float64)
+    grown = (steps * 2.0 ** transform.exponent.astype(np.float64)).astype(np.float32)
+    return (grown.astype(np.float64) + transform.mean.astype(np.float64)).astype(np.float32)
+
+
 def add_run(
     made: Made, name: str, hook_points: dict[str, int], values, *, dtype: str = "float32", codec: str = "hot",
-    skip_units: tuple[int, ...] = (), seal: bool = True,
+    skip_units: tuple[int, ...] = (), seal: bool = True, sample: Sample | None = None,
 ) -> None:  # fmt: skip
-    """Write a run; `values(hook_point, tokens)` gives float32 rows."""
+    """Write a run; `values(hook_point, tokens)` gives float32 rows. What int8 makes of them is read here in float64."""
     store = made.store
     tokenization = store.tokenization(made.tokenization)
     rows_per_unit = tokenization.rows_per_unit
+    places, sampled, info = rows_per_unit, {}, {"model_source": "synthetic/model"}
+    if sample is not None:
+        places = max(sum(is_kept(t.row, sample) for t in unit) for unit in by_unit(made).values())
+        sampled = {"sample": sample.to_json(), "stored_rows_per_unit": places}
+    transforms = {h: fit_int8(*moments(values, h, made)) for h in hook_points} if dtype == "int8" else {}
+    if transforms:
+        info["int8"] = {h: transform.to_json() for h, transform in transforms.items()}
     specs = {
-        h: plan_spec(rows_per_unit=rows_per_unit, d_model=d, dtype=dtype, codec=codec)
+        h: plan_spec(rows_per_unit=places, d_model=d, dtype=dtype, codec=codec)
         for h, d in hook_points.items()
     }
     config = {
@@ -224,31 +272,43 @@ def add_run(
         "hook_points": [{"name": h, "d_model": d} for h, d in hook_points.items()], "dtype": dtype, "compute_dtype": "float32",
         "codec": codec, "rows_per_shard": {h: s.rows_per_shard for h, s in specs.items()},
         "rows_per_chunk": {h: s.rows_per_chunk for h, s in specs.items()}, "batch_tokens": 1, "attn_implementation": "eager",
-        "nonfinite": "mask", "format": 1,
+        "nonfinite": "mask", "format": 1, **sampled,
     }  # fmt: skip
-    commit(store, Create("run", name, config, {"model_source": "synthetic/model"}))
+    commit(store, Create("run", name, config, info))
     mark, actions, stats = fingerprint(store, "run", name), [], {}
     for unit in tokenization.units:
         if unit.unit in skip_units:
             continue
-        tokens = [t for t in made.tokens if t.row // rows_per_unit == unit.unit]
+        all_tokens = by_unit(made)[unit.unit]
+        tokens = [t for t in all_tokens if sample is None or is_kept(t.row, sample)]
         attempt, objects, sums, bad, unit_stats = uuid.uuid4().hex, [], {}, {}, []
         for h, spec in specs.items():
-            stored = to_stored(np.ascontiguousarray(values(h, tokens), np.float32), dtype)
-            acts = to_float32(stored, dtype)
+            whole = np.ascontiguousarray(values(h, all_tokens), np.float32)
+            rows = whole[[all_tokens.index(t) for t in tokens]]
+            if dtype == "int8":
+                stored = quantise(rows, transforms[h])
+                acts = naive_numbers(stored, transforms[h])
+            else:
+                stored = to_stored(rows, dtype)
+                acts = to_float32(stored, dtype)
             for token, row in zip(tokens, acts, strict=True):
                 made.acts.setdefault((name, h), {})[token.row] = row
             parts = []
             for j, start in enumerate(range(0, len(tokens), spec.rows_per_shard)):
                 shard = encode_shard(spec, stored[start : start + spec.rows_per_shard])
                 parts.append(shard.sums)
-                number = unit.unit * (rows_per_unit // spec.rows_per_shard) + j
+                number = unit.unit * (places // spec.rows_per_shard) + j
                 objects.append(write_new(store.storage, shard_key(name, h, number), shard.buffers))
-            sums[h], bad[h] = np.concatenate(parts), int((~np.isfinite(acts)).sum())
+            sums[h], bad[h] = (
+                np.concatenate([np.empty(0, np.uint32), *parts]),
+                int((~np.isfinite(acts)).sum()),
+            )
             unit_stats.append(block_stats(h, acts))
-        key = sums_key(name, unit.unit, attempt)
-        packed, ref = pack_sums(key, sums)
-        objects.append(write(store, key, packed))
+        meta = {"nonfinite": bad}
+        if tokens:
+            key = sums_key(name, unit.unit, attempt)
+            packed, meta["sums"] = pack_sums(key, sums)
+            objects.append(write(store, key, packed))
         objects.append(
             write(
                 store,
@@ -260,7 +320,6 @@ def add_run(
             stats[one.hook_point] = (
                 merge_stats(stats[one.hook_point], one) if one.hook_point in stats else one
             )
-        meta = {"nonfinite": bad, "sums": ref}
         actions.append(
             Add(
                 "run", name, 0, mark, unit.unit, len(tokens), sum(bad.values()), attempt, tuple(objects), meta
@@ -272,7 +331,7 @@ def add_run(
             write(store, f"runs/{name}/stats/all-{attempt}.parquet", parquet(stats_to_table(stats.values())))
         ]
         for h, spec in specs.items():
-            n_shards = len(tokenization.units) * (rows_per_unit // spec.rows_per_shard)
+            n_shards = len(tokenization.units) * (places // spec.rows_per_shard)
             sealed.append(
                 write(
                     store,

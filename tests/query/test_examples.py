@@ -5,8 +5,8 @@ import pytest
 
 import actstore
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
-from actstore.query.eligible import SINK_NORM_RATIO
 from actstore.query.examples import examples
+from actstore.stats import SINK_NORM_RATIO
 from tests.query.make_store import BOS, WORDS, add_run, make_store, random_values
 from tests.query.naive import context_key, dot, eligible, same, top
 

@@ -71,11 +71,14 @@ def test_sigterm_ends_a_long_query_cleanly(made, tmp_path):
     query = "SELECT count(*) FROM range(100000) a, range(100000) b, range(100000) c WHERE a.range > b.range"
     child = start("sql", made.url, query, stdout=subprocess.PIPE, env={"TMPDIR": str(tmp_path)})
     # Starting up takes less than a second of processor time, so by then the query runs.
-    while cpu_seconds(child.pid) < 3:
-        assert child.poll() is None
-    assert list(tmp_path.iterdir())
-    child.send_signal(signal.SIGTERM)
-    out, message = child.communicate()
+    try:
+        while cpu_seconds(child.pid) < 3:
+            assert child.poll() is None
+        assert list(tmp_path.iterdir())
+        child.send_signal(signal.SIGTERM)
+        out, message = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert (child.returncode, out) == (130, "")
     assert message.startswith("interrupted: ")
     assert not list(tmp_path.iterdir())
