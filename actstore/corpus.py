@@ -19,6 +19,12 @@ SOURCE_KEY = "source_key"
 FIXED_COLUMNS = (DOC_ID, TEXT, SOURCE_KEY)
 """Columns of every corpus; all others are the user's metadata."""
 
+ROLES = "roles"
+"""Column of a corpus of conversations: who wrote which characters of the text."""
+
+ROLES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("start", pa.int32()), ("end", pa.int32())]))
+"""One entry per message, in their order; characters are Unicode code points, half-open, and no two ranges overlap."""
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -41,6 +47,16 @@ class Corpus:
     def columns(self) -> dict[str, str]:
         """Arrow type, as text, of every stored column, metadata included."""
         return dict(self.collection.config["columns"])
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the texts are rendered conversations: with a column `roles`, and with special tokens written out."""
+        return "chat" in self.collection.config
+
+    @property
+    def allows_special_tokens(self) -> bool:
+        """Whether messages of its conversations may hold special tokens."""
+        return bool(self.collection.config.get("chat", {}).get("allow_special_tokens"))
 
     @property
     def parts(self) -> list[Unit]:

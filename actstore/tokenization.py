@@ -29,6 +29,10 @@ TOKEN_SCHEMA = pa.schema(
 sequence; `window` and `window_position` say where the model saw it. Characters are Unicode code points of the document's
 text, half-open."""
 
+ROLE = "role"
+CHAT_TOKEN_SCHEMA = TOKEN_SCHEMA.append(pa.field(ROLE, pa.string()))
+"""Of a corpus of conversations: also the role of the message that the token is part of, null outside of messages."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
@@ -49,6 +53,16 @@ class Tokenization:
         return dict(self.collection.config)
 
     @property
+    def has_roles(self) -> bool:
+        """Whether its tokens have a role: those computed of a corpus of conversations do."""
+        return bool(self.collection.config.get("roles"))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of its tokens."""
+        return CHAT_TOKEN_SCHEMA if self.has_roles else TOKEN_SCHEMA
+
+    @property
     def rows_per_unit(self) -> int:
         """Row numbers that each unit spans; a unit may hold fewer rows."""
         return int(self.collection.config["rows_per_unit"])
@@ -64,7 +78,7 @@ class Tokenization:
         return [self.collection.units[u] for u in sorted(self.collection.units)]
 
     def unit_table(self, unit: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the tokens of one unit (columns of `TOKEN_SCHEMA`), in row order. Reads one object.
+        """Return the tokens of one unit (columns of `schema`), in row order. Reads one object.
 
         Raises:
             NotFoundError: no such unit.

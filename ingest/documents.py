@@ -6,7 +6,7 @@ string, is valid Unicode, and is not larger than the limit.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class Layout:
 
     max_document_bytes: int
     names: ColumnNames
+    typed: Mapping[str, pa.DataType] = field(default_factory=dict)
+    """Types of columns that are made here rather than found."""
 
     def keeps(self, column: str) -> bool:
         """Return whether a source column becomes a metadata column."""
@@ -107,7 +109,7 @@ def make_documents(records: Records, layout: Layout, bad: BadDocuments) -> Docum
     if not records.places:
         return None
     if isinstance(records.rows, list):
-        return _from_values(records.rows, records.places, layout, bad)
+        return _from_values(records.rows, records.places, records.keys, layout, bad)
     return _from_arrow(records.rows, records.places, layout, bad)
 
 
@@ -192,35 +194,57 @@ def _reject_large(bad: BadDocuments, place: str, nbytes: int, limit: int) -> Non
 
 
 def _from_values(
-    rows: list[Mapping[Any, Any]], places: list[str], layout: Layout, bad: BadDocuments
+    rows: list[Mapping[Any, Any]],
+    places: list[str],
+    keys: list[str] | None,
+    layout: Layout,
+    bad: BadDocuments,
 ) -> Documents | None:
     for column in filter(None, (layout.text_column, layout.id_column)):
         if not any(column in row for row in rows):
             check_columns([str(name) for name in rows[0]], layout, where=places[0])
     kept = [i for i, row in enumerate(rows) if _is_good(row, places[i], layout, bad)]
-    if not kept:
-        return None
-    rows, places = [rows[i] for i in kept], [places[i] for i in kept]
-    names = [n for n in dict.fromkeys(name for row in rows for name in row) if layout.keeps(n)]
-    while True:
+    while kept:
         try:
-            arrays = {
-                TEXT: pa.array([row[layout.text_column] for row in rows], pa.large_string()),
-                SOURCE_KEY: _value_keys(rows, places, layout),
-            }
-            for name in names:
-                values = [row.get(name) for row in rows]
-                if name in layout.stringify:
-                    values = [stringify(v) for v in values]
-                arrays[layout.names.stored(name)] = make_array(name, values, places)
-            return Documents(pa.RecordBatch.from_pydict(arrays), places)
+            return _to_columns(rows, places, keys or places, kept, layout)
         except UnicodeEncodeError:
             # Some metadata string holds a lone surrogate: the records that have one are rejected, the others kept.
-            good = [_is_encodable(row, place, bad) for row, place in zip(rows, places, strict=True)]
-            rows = [row for row, g in zip(rows, good, strict=True) if g]
-            places = [place for place, g in zip(places, good, strict=True) if g]
-            if not rows:
-                return None
+            kept = [i for i in kept if _is_encodable(rows[i], places[i], bad)]
+    return None
+
+
+def _to_columns(
+    all_rows: list[Mapping[Any, Any]],
+    all_places: list[str],
+    all_keys: list[str],
+    kept: list[int],
+    layout: Layout,
+) -> Documents:
+    """Return the kept rows as columns.
+
+    Raises:
+        UnicodeEncodeError: a metadata string with a lone surrogate.
+    """
+    rows = [all_rows[i] for i in kept]
+    places = [all_places[i] for i in kept]
+    keys: list[str | None] = [all_keys[i] for i in kept]
+    if layout.id_column is not None:
+        keys = [stringify(row.get(layout.id_column)) for row in rows]
+    arrays = {
+        TEXT: pa.array([row[layout.text_column] for row in rows], pa.large_string()),
+        SOURCE_KEY: pa.array(keys, pa.string()),
+    }
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if not layout.keeps(name):
+            continue
+        values = [row.get(name) for row in rows]
+        if name in layout.typed:
+            array = pa.array(values, layout.typed[name])
+        else:
+            texts = [stringify(v) for v in values] if name in layout.stringify else values
+            array = make_array(name, texts, places)
+        arrays[layout.names.stored(name)] = array
+    return Documents(pa.RecordBatch.from_pydict(arrays), places)
 
 
 def _is_good(row: Mapping[Any, Any], place: str, layout: Layout, bad: BadDocuments) -> bool:
@@ -260,12 +284,6 @@ def _is_good(row: Mapping[Any, Any], place: str, layout: Layout, bad: BadDocumen
             )
             return False
     return True
-
-
-def _value_keys(rows: list[Mapping[Any, Any]], places: list[str], layout: Layout) -> pa.Array:
-    if layout.id_column is None:
-        return pa.array(places, pa.string())
-    return pa.array([stringify(row.get(layout.id_column)) for row in rows], pa.string())
 
 
 def _is_encodable(row: Mapping[Any, Any], place: str, bad: BadDocuments) -> bool:

@@ -6,37 +6,30 @@ the same documents under the same name again changes nothing and says so.
 """
 
 import os
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
-from actstore.corpus import DOC_ID
-from actstore.errors import ConflictError, ErrorKind, InvalidInputError, NotFoundError
-from actstore.log import fingerprint
-from actstore.log.values import Add, Collection, Create, Seal
+from actstore.corpus import ROLES, ROLES_TYPE
+from actstore.errors import ErrorKind, InvalidInputError
 from actstore.names import check_name
 from actstore.store import Store, open_store
 
-from .ahead import map_ahead
+from .chat import Chat, ChatSource
+from .chat_template import load_chat_template
 from .columns import ColumnNames
-from .content_hash import TableHasher
-from .corpus_parts import WrittenPart, describe_part, make_add, number_documents, split_parts, write_part
+from .corpus_publishing import Publication
 from .documents import Layout, check_columns, check_text_type, make_documents, missing_column
 from .progress import Progress, ProgressCallback
 from .records import BadDocumentPolicy, BadDocuments, ReadOptions, Source
-from .sources import open_source
+from .sources import ChainedSource, SourceChoice, open_source
 from .spool import Spool
 
 MAX_DOCUMENT_BYTES = 64 << 20
 PART_BYTES = 64 << 20
-_WRITERS = 3
+MESSAGES = "messages"
 _ID_SUFFIX = 11
 """Characters that a tokenization's id adds to its corpus's name."""
 
@@ -67,14 +60,6 @@ class ImportReport:
     """False if the store already had exactly these documents under this name."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """The corpus's identity, and where its documents were written."""
-
-    config: dict[str, Any]
-    adds: list[Add] = field(default_factory=list)
-
-
 def import_corpus(
     store: Store | str | os.PathLike[str],
     name: str,
@@ -85,6 +70,13 @@ def import_corpus(
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
+    streaming: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+    chat_template: Any = None,
+    messages_column: str | None = None,
+    chat_tokenizer: Any = None,
+    chat_variables: Mapping[str, Any] | None = None,
+    allow_special_tokens: bool = False,
     id_column: str | None = None,
     columns: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
@@ -105,14 +97,23 @@ def import_corpus(
     Args:
         store: The store, or where it is (made if absent).
         name: The corpus's name, at most 53 characters.
-        source: What `actstore.ingest.sources.open_source` takes: path, glob, URL, hub name, dataset, table or iterable.
+        source: What `actstore.ingest.sources.open_source` takes: path, glob, URL, hub name, dataset, table or iterable, or a
+            `SourceList` of several.
         text_column: The source's column that holds the text.
-        source_format: `jsonl`, `parquet`, `text` or `hub`; None finds out.
+        source_format: One of `actstore.ingest.sources.SOURCE_FORMATS`; None finds out.
         split: Split of a Hugging Face dataset.
         subset: Subset (configuration) of a hub dataset.
         revision: Branch, tag or commit of a hub dataset.
-        id_column: Column that becomes `source_key`; None for file and line.
-        columns: Metadata columns to keep, None for all. JSONL and Python records get the narrowest types that hold all.
+        streaming: Whether a hub dataset is read as it comes instead of downloaded first.
+        storage_options: Options of the fsspec client behind a URL, such as `key`, `secret` and `endpoint_url` of s3fs.
+        chat_template: Renders conversations: a `.jinja` file, or the folder, hub name (`name@revision`) or tokenizer object
+            of transformers that has the template.
+        messages_column: The source's column that holds conversations, `messages` if only a template is given.
+        chat_tokenizer: Folder, hub name or tokenizer object whose special tokens a `.jinja` file writes.
+        chat_variables: Values of the template's own switches, such as `{"enable_thinking": False}`.
+        allow_special_tokens: Whether messages may hold special tokens, which then are read as such.
+        id_column: Column that becomes `source_key`; None for the source's own name of it, else file and line.
+        columns: Metadata columns to keep, None for all. JSON and Python records get the narrowest types that hold all.
         rename: New names of metadata columns.
         stringify: Columns to store as text: strings as they are, all else as JSON.
         max_document_bytes: A larger document is a bad one.
@@ -133,20 +134,66 @@ def import_corpus(
     """
     check_corpus_name(name)
     _check_arguments(on_bad_document, duplicates, max_document_bytes, part_bytes)
-    kept, texts = None if columns is None else tuple(columns), frozenset(stringify)
-    layout = Layout(text_column, id_column, kept, texts, max_document_bytes, ColumnNames(rename))
-    options = ReadOptions(text_column, _wanted(layout), max_document_bytes)
-    opened = open_source(
-        source, options=options, source_format=source_format, split=split, subset=subset, revision=revision
+    chat = _make_chat(
+        chat_template, messages_column, chat_tokenizer, chat_variables, allow_special=allow_special_tokens
     )
+    layout = Layout(
+        text_column=text_column if chat is None else chat.column,
+        id_column=id_column,
+        columns=None if columns is None else (*columns, *([] if chat is None else [ROLES])),
+        stringify=frozenset(stringify),
+        max_document_bytes=max_document_bytes,
+        names=ColumnNames(rename),
+        typed={} if chat is None else {ROLES: ROLES_TYPE},
+    )
+    options = ReadOptions(layout.text_column, _wanted(layout), max_document_bytes)
+    choice = SourceChoice(source_format, split, subset, revision, streaming, dict(storage_options or {}))
+    opened = open_source(source, options=options, choice=choice)
+    if chat is not None:
+        _reserve_roles(layout)
+        opened = ChatSource(opened, chat, keeps_roles=columns is None or ROLES in columns)
     _check_schema(opened, layout)
     store = open_store(store, create=True) if isinstance(store, str | os.PathLike) else store
     with Spool(spool_dir) as spool:
-        job = _Import(opened, layout, BadDocuments(on_bad_document), spool, duplicates, progress)
+        job = _Import(opened, chat, layout, BadDocuments(on_bad_document), spool, duplicates, progress)
         return job.run(store, name, rename or {}, part_bytes)
 
 
+def _make_chat(
+    template: Any,
+    column: str | None,
+    tokenizer: Any,
+    variables: Mapping[str, Any] | None,
+    *,
+    allow_special: bool,
+) -> Chat | None:
+    if template is not None:
+        loaded = load_chat_template(template, tokenizer=tokenizer, variables=variables)
+        return Chat(loaded, MESSAGES if column is None else column, allow_special)
+    for argument, value in (
+        ("messages_column", column),
+        ("chat_tokenizer", tokenizer),
+        ("chat_variables", variables),
+    ):
+        if value is not None:
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"{argument}={value!r:.80} is for conversations: say with chat_template= how they become text",
+            )
+    return None
+
+
+def _reserve_roles(layout: Layout) -> None:
+    if layout.names.stored(ROLES) != ROLES:
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"rename: a corpus of conversations keeps who wrote what in a column {ROLES!r}: choose another name",
+        )
+
+
 def _check_schema(source: Source, layout: Layout) -> None:
+    for part in source.sources if isinstance(source, ChainedSource) else ():
+        _check_schema(part, layout)
     if source.schema is not None:
         check_columns(source.schema.names, layout, where=source.description)
         check_text_type(source.schema, layout.text_column, where=source.description)
@@ -157,6 +204,7 @@ class _Import:
     """Reads a source into a spool, and makes a corpus of what is there."""
 
     source: Source
+    chat: Chat | None
     layout: Layout
     bad: BadDocuments
     spool: Spool
@@ -169,11 +217,13 @@ class _Import:
         renamed = self.layout.names.renamed  # complete only now
         first = spool.first_occurrences()
         keep = first if self.duplicates == "drop" else np.ones(len(first), bool)
-        publication = _Publication(store, name, spool, keep, part_bytes, self.progress)
+        chat = None if self.chat is None else self.chat.config
+        publication = Publication(store, name, spool, keep, part_bytes, chat, self.progress)
         info = {
             "source": self.source.description,
             "text_column": self.layout.text_column,
             "duplicates": self.duplicates,
+            **({} if self.chat is None else self.chat.info),
         }
         meta = {
             "n_empty": spool.n_empty,
@@ -278,82 +328,3 @@ def _content_warnings(spool: Spool, meta: Mapping[str, int], duplicates: str) ->
     if spool.n_nul:
         warnings.append(f"{spool.n_nul} documents hold NUL characters, which are kept")
     return warnings
-
-
-@dataclass(frozen=True, slots=True)
-class _Publication:
-    """Writes the spooled documents as parts and commits them, or finds that the store has them."""
-
-    store: Store
-    name: str
-    spool: Spool
-    keep: npt.NDArray[np.bool_]
-    part_bytes: int
-    progress: ProgressCallback | None
-
-    def run(self, info: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[_Content, int]:
-        """Return the content, with the parts written if it is new, and the version that has it."""
-        existing = self._existing()
-        if existing is not None:
-            content = self._written(write=False)
-            self._check_same(existing, content.config)
-            return content, existing.version
-        content = self._written(write=True)
-        seal = Seal("corpus", self.name, 0, len(content.adds), int(content.config["n_documents"]), (), meta)
-        create = Create("corpus", self.name, content.config, info)
-        try:
-            committed = self.store.log.commit([create, *content.adds, seal], txn=uuid.uuid4().hex)
-        except ConflictError:
-            existing = self._existing()  # someone imported the name meanwhile: perhaps the same documents
-            if existing is None:
-                raise
-            self._check_same(existing, content.config)
-            return _Content(content.config), existing.version
-        self.store.refresh()
-        return content, committed.version
-
-    def _existing(self) -> Collection | None:
-        try:
-            return self.store.refresh().state.collection("corpus", self.name)
-        except NotFoundError:
-            return None
-
-    def _check_same(self, existing: Collection, config: Mapping[str, Any]) -> None:
-        if existing.fingerprint != fingerprint(config):
-            old = existing.config
-            raise ConflictError(
-                ErrorKind.CONFIG_DIFFERS,
-                f"corpus {self.name!r} exists with {old['n_documents']} documents and {old['text_bytes']} bytes, columns "
-                f"{', '.join(old['columns'])}; this source has {config['n_documents']} documents and "
-                f"{config['text_bytes']} bytes, columns {', '.join(config['columns'])}: import it under another name",
-            )
-
-    def _written(self, *, write: bool) -> _Content:
-        """Hash all documents and, if asked, store them as parts."""
-        schema = pa.schema([pa.field(DOC_ID, pa.int64(), nullable=False), *self.spool.schema])
-        hasher = TableHasher(schema)
-        storage, attempt = self.store.storage, uuid.uuid4().hex
-        parts = split_parts(self._hashed(schema, hasher), self.part_bytes)
-        written: list[WrittenPart] = []
-        n_documents = text_bytes = 0
-        store_part = partial(write_part, storage, corpus=self.name, attempt=attempt)
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            for done in map_ahead(store_part if write else describe_part, parts, pool=pool, ahead=_WRITERS):
-                written.append(done)
-                n_documents += done.rows
-                text_bytes += done.text_bytes
-                if self.progress is not None:
-                    self.progress(Progress("write", n_documents, int(self.keep.sum()), "documents"))
-        config = {
-            "content_sha256": hasher.hexdigest(),
-            "n_documents": n_documents,
-            "text_bytes": text_bytes,
-            "columns": {f.name: str(f.type) for f in schema},
-        }
-        adds = [make_add(self.name, fingerprint(config), attempt, part) for part in written] if write else []
-        return _Content(config, adds)
-
-    def _hashed(self, schema: pa.Schema, hasher: TableHasher) -> Iterator[pa.RecordBatch]:
-        for batch in number_documents(self.spool.batches(), self.keep, schema):
-            hasher.update(batch)
-            yield batch

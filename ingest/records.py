@@ -1,8 +1,8 @@
 """What does a source of documents hand over, and what becomes of a record that cannot be a document?"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -40,6 +40,40 @@ class Records:
     rows: pa.RecordBatch | list[Mapping[Any, Any]]
     places: list[str]
     """Where each record stands in the source (`train.jsonl:17`), for messages and as its default key."""
+
+    keys: list[str] | None = None
+    """Names that the source itself gives its records: their default keys instead of the places."""
+
+
+class Record(NamedTuple):
+    """One record as plain Python values, on its way into a batch."""
+
+    row: Mapping[Any, Any]
+    place: str
+    nbytes: int
+    """About how much memory it takes."""
+
+    key: str | None = None
+    """The source's own name for it; all records of a source have one or none has."""
+
+
+def batch_records(records: Iterable[Record]) -> Iterator[Records]:
+    """Yield records in batches of at most `BATCH_ROWS` and about `BATCH_BYTES`."""
+    rows: list[Mapping[Any, Any]] = []
+    places: list[str] = []
+    keys: list[str] = []
+    total = 0
+    for row, place, nbytes, key in records:
+        rows.append(row)
+        places.append(place)
+        if key is not None:
+            keys.append(key)
+        total += nbytes
+        if total >= BATCH_BYTES or len(rows) == BATCH_ROWS:
+            yield Records(rows, places, keys or None)
+            rows, places, keys, total = [], [], [], 0
+    if rows:
+        yield Records(rows, places, keys or None)
 
 
 class Source(Protocol):

@@ -4,6 +4,7 @@ A corpus is one sequence of documents, so a dataset of several splits needs `spl
 run.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,13 @@ from typing import Any
 import pyarrow as pa
 
 from actstore._lazy import lazy_import
-from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.errors import ActstoreError, ErrorKind, InvalidInputError, NotFoundError, StorageError
 
 from .records import BATCH_BYTES, BATCH_ROWS, BadDocuments, Records, Source
 from .source_files import KNOWN_SUFFIXES
+
+_STREAM_ROWS = 256
+"""Rows taken at once of a stream that does not tell how large they are."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
@@ -53,8 +57,12 @@ def saved_dataset_source(path: str, *, split: str | None) -> Source:
     return dataset_source(dataset, description=os.path.basename(os.path.normpath(path)), split=split)
 
 
-def hub_source(name: str, *, split: str | None, subset: str | None, revision: str | None) -> Source:
-    """Return the source of a hub dataset, streamed.
+def hub_source(
+    name: str, *, split: str | None, subset: str | None, revision: str | None, streaming: bool
+) -> Source:
+    """Return the source of a hub dataset, or of a downloaded copy of one.
+
+    Streamed, it is read as it comes and takes no disk; otherwise `datasets` downloads and converts all of it first.
 
     Raises:
         NotFoundError: neither a path of that name nor a reachable dataset.
@@ -62,7 +70,7 @@ def hub_source(name: str, *, split: str | None, subset: str | None, revision: st
     """
     module = _datasets()
     try:
-        dataset = module.load_dataset(name, subset, split=split, revision=revision, streaming=True)
+        dataset = module.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
     except (OSError, ValueError, RuntimeError) as error:
         # `datasets` uses FileNotFoundError, ConnectionError and ValueError for what is one thing to the user.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -71,7 +79,11 @@ def hub_source(name: str, *, split: str | None, subset: str | None, revision: st
             f"{name!r} is not a path here, and no dataset of that name could be opened on the hub ({reason}): check the "
             "spelling, split=, subset= and revision=, or download it and pass the folder",
         ) from error
-    return dataset_source(dataset, description=name if subset is None else f"{name}:{subset}", split=None)
+    parts = [os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name]
+    parts += [f":{subset}"] if subset else []
+    parts += [f"@{revision}"] if revision else []
+    parts += [f"[{split}]"] if split else []
+    return dataset_source(dataset, description="".join(parts), split=None)
 
 
 def dataset_source(dataset: Any, *, description: str, split: str | None) -> Source:
@@ -123,26 +135,42 @@ class DatasetSource:
     warnings: tuple[str, ...] = ()
 
     def read(self, bad: BadDocuments) -> Iterator[Records]:  # noqa: ARG002
-        """Yield the rows in order, typed by the dataset's features where it has them."""
+        """Yield the rows in order, typed by the dataset's features where it has them.
+
+        Raises:
+            StorageError: the dataset cannot be read to its end.
+        """
+        batches = self._untyped() if self.schema is None else self._typed()
         row = 0
-        if self.schema is None:
-            step = 256
-            records: list[Mapping[Any, Any]] = []
-            for record in self.dataset.with_format(None):
-                records.append(record)
-                if len(records) == step:
-                    yield Records(records, [str(row + i) for i in range(step)])
-                    row, records = row + step, []
-            if records:
-                yield Records(records, [str(row + i) for i in range(len(records))])
-            return
+        while True:
+            try:
+                rows = next(batches, None)
+            except ActstoreError:
+                raise
+            except Exception as error:
+                # What reads a dataset (network, decoders, the user's own map functions) raises errors of every kind.
+                raise StorageError(
+                    ErrorKind.STORAGE_FAILED,
+                    f"{self.description} cannot be read beyond row {row} ({type(error).__name__}: {error}): check the network "
+                    "and the dataset, and import again",
+                ) from error
+            if rows is None:
+                return
+            n = len(rows) if isinstance(rows, list) else rows.num_rows
+            yield Records(rows, [str(row + i) for i in range(n)])
+            row += n
+
+    def _untyped(self) -> Iterator[list[Mapping[Any, Any]]]:
+        records = iter(self.dataset.with_format(None))
+        while batch := list(itertools.islice(records, _STREAM_ROWS)):
+            yield batch
+
+    def _typed(self) -> Iterator[pa.RecordBatch]:
         for table in self.dataset.with_format("arrow").iter(batch_size=self._batch_rows()):
-            for batch in table.combine_chunks().to_batches():
-                yield Records(batch, [str(row + i) for i in range(batch.num_rows)])
-                row += batch.num_rows
+            yield from table.combine_chunks().to_batches()
 
     def _batch_rows(self) -> int:
         data = getattr(self.dataset, "data", None)
         if data is None or not data.num_rows:
-            return 256
+            return _STREAM_ROWS
         return int(max(1, min(BATCH_ROWS, BATCH_BYTES * data.num_rows // max(data.nbytes, 1))))

@@ -110,8 +110,8 @@ class Spool:
             self._hashes += hashlib.blake2b(view, digest_size=_HASH_BYTES).digest()
         self.n_documents += len(views)
         self.text_bytes += sum(map(len, views))
-        trimmed = pc.binary_length(pc.utf8_trim_whitespace(text))
-        self.n_empty += pc.sum(pc.equal(trimmed, 0)).as_py() or 0
+        is_empty = pc.or_(pc.utf8_is_space(text), pc.equal(pc.binary_length(text), 0))
+        self.n_empty += pc.sum(is_empty).as_py() or 0
         self.n_nul += pc.sum(pc.match_substring(text, "\0")).as_py() or 0
 
     def _open_file(self) -> pa.RecordBatchFileWriter:

@@ -5,7 +5,7 @@ whole, as `tokenizer(text)` does. Light to import, since every worker process do
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from actstore.errors import ErrorKind, InvalidInputError
 
 from .token_alphabet import find_alphabet
+from .token_roles import RoleSpans, TokenRoles, token_roles
 from .tokenizers import FastTokenizer
 
 Ints = npt.NDArray[np.int32]
@@ -25,6 +26,8 @@ class TextBatch:
 
     first_doc: int
     texts: list[str]
+    roles: list[RoleSpans] | None = None
+    """Who wrote which characters, of rendered conversations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,22 @@ class EncodedBatch:
     """First character of each token; 0 for the template's tokens."""
     ends: Ints
     """End of each token's characters; 0 for the template's tokens."""
+    roles: TokenRoles | None = None
+    """Whose message each token is part of, of rendered conversations."""
 
 
 class Encoder:
     """Encodes batches of texts; in worker processes there is one per process."""
 
-    def __init__(self, tokenizer: FastTokenizer, *, add_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: FastTokenizer, *, add_special_tokens: bool, allow_special: bool = False
+    ) -> None:
         """Build the tokenizer and find its template.
+
+        Args:
+            tokenizer: The tokenizer.
+            add_special_tokens: Whether it puts its special tokens around texts.
+            allow_special: Whether the messages of conversations may hold special tokens.
 
         Raises:
             InvalidInputError: special tokens are put inside of a text, where no window could keep them.
@@ -62,6 +74,8 @@ class Encoder:
         self._name = tokenizer.name
         self._alphabet = find_alphabet(tokenizer)
         self._add_special = add_special_tokens
+        self._allow_special = allow_special
+        self._special_ids = special_lookup(tokenizer.special_ids)
         self.template = self._find_template() if add_special_tokens else Template(0, 0)
 
     def __call__(self, batch: TextBatch) -> EncodedBatch:
@@ -85,7 +99,20 @@ class Encoder:
         special = _flat((e.special_tokens_mask for e in encodings), total)
         encoded = EncodedBatch(batch.first_doc, lengths, ids, offsets[:, 0].copy(), offsets[:, 1].copy())
         self._check(batch, encoded, special)
-        return encoded
+        return encoded if batch.roles is None else replace(encoded, roles=self._roles(batch, encoded))
+
+    def _roles(self, batch: TextBatch, encoded: EncodedBatch) -> TokenRoles:
+        assert batch.roles is not None
+        return token_roles(
+            batch.texts,
+            batch.roles,
+            encoded.lengths,
+            encoded.starts,
+            encoded.ends,
+            is_special(encoded.ids, self._special_ids),
+            first_doc=batch.first_doc,
+            allow_special=self._allow_special,
+        )
 
     def _find_template(self) -> Template:
         vocabulary = self._backend.get_vocab(with_added_tokens=False)
@@ -143,10 +170,10 @@ def _flat(parts: Iterable[Iterable[int]], total: int) -> Ints:
 _encoder: Encoder | None = None
 
 
-def start_worker(tokenizer: FastTokenizer, add_special_tokens: bool) -> None:
+def start_worker(tokenizer: FastTokenizer, add_special_tokens: bool, allow_special: bool) -> None:
     """Make this worker process's encoder."""
     global _encoder
-    _encoder = Encoder(tokenizer, add_special_tokens=add_special_tokens)
+    _encoder = Encoder(tokenizer, add_special_tokens=add_special_tokens, allow_special=allow_special)
 
 
 def encode_in_worker(batch: TextBatch) -> EncodedBatch:
@@ -175,3 +202,15 @@ def special_lookup(ids: Sequence[int]) -> npt.NDArray[np.bool_]:
     table = np.zeros(max(ids, default=-1) + 1, bool)
     table[list(ids)] = True
     return table
+
+
+def is_special(ids: Ints, lookup: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which ids are special by a `special_lookup` table.
+
+    >>> is_special(np.array([0, 1, 9], np.int32), special_lookup([0, 2])).tolist()
+    [True, False, False]
+    """
+    found = np.zeros(len(ids), bool)
+    known = ids < len(lookup)
+    found[known] = lookup[ids[known]]
+    return found

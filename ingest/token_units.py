@@ -13,9 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore.tokenization import TOKEN_SCHEMA
+from actstore.tokenization import CHAT_TOKEN_SCHEMA, ROLE, TOKEN_SCHEMA
 
-from .token_encoding import EncodedBatch, Template, special_lookup
+from .token_encoding import EncodedBatch, Template, is_special, special_lookup
+from .token_roles import TokenRoles
 from .windows import pack_units, plan_rows, plan_windows
 
 Columns = dict[str, npt.NDArray[Any]]
@@ -53,6 +54,23 @@ class Start:
     window: int = 0
 
 
+class _RoleNames:
+    """One numbering of roles for all batches."""
+
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {}
+
+    def codes(self, roles: TokenRoles) -> npt.NDArray[np.int16]:
+        """Return a batch's codes in this numbering; -1 stays."""
+        own = [self._index.setdefault(name, len(self._index)) for name in roles.names]
+        return np.array([*own, -1], np.int16)[roles.codes]
+
+    def strings(self, codes: npt.NDArray[np.int16]) -> pa.Array:
+        """Return the names; null for -1."""
+        indices = pa.array(codes, mask=codes < 0)
+        return pa.DictionaryArray.from_arrays(indices, pa.array(self._index, pa.string())).cast(pa.string())
+
+
 class UnitPacker:
     """Packs windows of documents into units, in order."""
 
@@ -61,6 +79,7 @@ class UnitPacker:
         self._start = start
         self._unit = start.unit
         self._special = special_lookup(cut.special_ids)
+        self._roles = _RoleNames()
         self._pending: list[Columns] = []
         self._filled = 0
 
@@ -121,9 +140,6 @@ class UnitPacker:
             suffix=template.suffix,
         )
         token_id = encoded.ids[plan.source]
-        known = token_id < len(self._special)
-        is_special = plan.is_template.copy()
-        is_special[known] |= self._special[token_id[known]]
         # A special token of the template covers no character: it stands at the edge of the token that it leans on.
         starts, ends = encoded.starts[plan.anchor], encoded.ends[plan.anchor]
         before = plan.is_template & ~plan.after_anchor
@@ -133,10 +149,12 @@ class UnitPacker:
             "token_id": token_id,
             "char_start": np.where(plan.after_anchor, ends, starts),
             "char_end": np.where(before, starts, ends),
-            "is_special": is_special,
+            "is_special": plan.is_template | is_special(token_id, self._special),
             "window": np.repeat(windows, plan.lengths),
             "window_position": plan.window_position,
         }
+        if encoded.roles is not None:
+            columns[ROLE] = self._roles.codes(encoded.roles)[plan.source]
         return columns, plan.lengths
 
     def _close(self) -> TokenUnit:
@@ -152,7 +170,11 @@ class UnitPacker:
             "last_window": int(columns["window"][-1]),
         }
         arrays = [pa.array(columns[field.name], field.type) for field in TOKEN_SCHEMA]
-        unit = TokenUnit(self._unit, pa.Table.from_arrays(arrays, schema=TOKEN_SCHEMA), meta)
+        schema = TOKEN_SCHEMA
+        if ROLE in columns:
+            arrays.append(self._roles.strings(columns[ROLE]))
+            schema = CHAT_TOKEN_SCHEMA
+        unit = TokenUnit(self._unit, pa.Table.from_arrays(arrays, schema=schema), meta)
         self._unit += 1
         self._pending, self._filled = [], 0
         return unit
@@ -165,7 +187,7 @@ def unit_bytes(table: pa.Table) -> memoryview:
         table,
         sink,
         compression="zstd",
-        use_dictionary=["token_id"],
+        use_dictionary=["token_id", *({ROLE} & {*table.column_names})],
         column_encoding=dict.fromkeys(_DELTA, "DELTA_BINARY_PACKED"),
         write_page_checksum=True,
     )

@@ -10,7 +10,7 @@ from actstore.log import fingerprint
 from actstore.store import Store
 
 from .token_encoding import Encoder, Template
-from .tokenizers import FastTokenizer, default_window, load_tokenizer
+from .tokenizers import FastTokenizer, default_window, load_tokenizer, reads_special
 from .windows import auto_rows_per_unit, check_window
 
 FORMAT = 1
@@ -29,6 +29,14 @@ class TokenizationPlan:
     tokenizer: FastTokenizer
     template: Template
     config: dict[str, Any]
+
+    def encoder(self) -> Encoder:
+        """Return what encodes the corpus's texts in this process."""
+        return Encoder(
+            self.tokenizer,
+            add_special_tokens=bool(self.config["add_special_tokens"]),
+            allow_special=self.corpus.allows_special_tokens,
+        )
 
 
 def plan_tokenization(
@@ -50,6 +58,9 @@ def plan_tokenization(
     """
     found = store.refresh().corpus(corpus)
     fast = load_tokenizer(tokenizer, revision=revision)
+    if found.is_chat:
+        # The chat template has written all special tokens that the model expects.
+        fast, add_special_tokens = reads_special(fast), False
     template = Encoder(fast, add_special_tokens=add_special_tokens).template
     window = default_window(fast) if window is None else check_whole(window, what="window", least=0)
     check_whole(overlap, what="overlap", least=0)
@@ -71,5 +82,6 @@ def plan_tokenization(
         "add_special_tokens": add_special_tokens,
         "rows_per_unit": rows,
         "format": FORMAT,
+        **({"roles": True} if found.is_chat else {}),
     }
     return TokenizationPlan(f"{corpus}.{fingerprint(config)[:10]}", found, fast, template, config)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,17 @@ def _load(name: str, revision: str | None) -> Any:
             return module.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
             raise _unusable(name, error) from error
+    return load_from_hub(name, revision)
+
+
+def load_from_hub(name: str | os.PathLike[str], revision: str | None) -> Any:
+    """Return the tokenizer object of transformers that a folder or hub name means.
+
+    Raises:
+        InvalidInputError: (BAD_TOKENIZER) there is none.
+    """
     transformers = lazy_import("transformers", needed_for="loading a tokenizer", extra="ingest")
+    name = os.fspath(name)
     try:
         return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -131,6 +141,23 @@ def _unusable(name: str, error: Exception) -> InvalidInputError:
         f"no tokenizer could be loaded from {name!r} ({reason}): give a folder with a tokenizer.json, a hub name, or a fast "
         "tokenizer object",
     )
+
+
+def special_texts(tokenizer: Any) -> tuple[str, ...]:
+    """Return the texts that a tokenizer object of transformers reads as special tokens, longest first."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    added = (
+        backend.get_added_tokens_decoder().values() if hasattr(backend, "get_added_tokens_decoder") else ()
+    )
+    texts = {str(token) for token in tokenizer.all_special_tokens} | {t.content for t in added if t.special}
+    return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
+
+
+def reads_special(fast: FastTokenizer) -> FastTokenizer:
+    """Return the tokenizer for rendered chat: every special token written in a text is read as one, and known as special."""
+    special_ids = tuple(sorted({*fast.special_ids, *_added_special(fast.backend())}))
+    config = {**fast.config, "split_special_tokens": False, "special_ids": list(special_ids)}
+    return replace(fast, special_ids=special_ids, config=config)
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, Any]:
@@ -196,6 +223,11 @@ def _check_offsets(fast: FastTokenizer) -> None:
             f"tokenizer {fast.name!r} does not tell which characters its tokens cover (the offsets of a text of {len(_PROBE)} "
             f"characters end at {max(end for _, end in offsets)}): use another tokenizer",
         )
+
+
+def tokenizers_version() -> str:
+    """Return the version of the library that tokenizes; another one may cut a text otherwise."""
+    return str(lazy_import("tokenizers", needed_for="tokenizing", extra="ingest").__version__)
 
 
 def default_window(fast: FastTokenizer) -> int:

@@ -31,7 +31,6 @@ from .corpus_texts import read_texts
 from .progress import Progress, ProgressCallback
 from .token_encoding import (
     EncodedBatch,
-    Encoder,
     TextBatch,
     check_worker_count,
     encode_in_worker,
@@ -39,7 +38,7 @@ from .token_encoding import (
 )
 from .token_units import Cut, Start, TokenUnit, UnitPacker, unit_bytes
 from .tokenization_plan import TokenizationPlan, plan_tokenization
-from .tokenizers import vocabulary_table
+from .tokenizers import tokenizers_version, vocabulary_table
 
 UNITS_PER_COMMIT = 512
 """A crash costs the units since the last commit: at most half an hour of one core's work, for few manifests."""
@@ -94,7 +93,8 @@ def tokenize_corpus(
         window: Tokens that the model sees at once, special ones included; None for what the tokenizer says its model
             takes, else 1,024. Longer documents are cut.
         overlap: Text tokens that neighbouring windows of one document share.
-        add_special_tokens: Whether each window gets the special tokens that the tokenizer puts around a text.
+        add_special_tokens: Whether each window gets the special tokens that the tokenizer puts around a text. A corpus of
+            conversations never gets them: its chat template has written those that the model expects.
         rows_per_unit: Rows of one unit of work; "auto" gives a power of two that fits the corpus.
         workers: Processes that tokenize, each on one core; None for this process, with the tokenizer's own threads. With
             processes, a script needs the `if __name__ == "__main__":` guard of `multiprocessing`.
@@ -186,15 +186,16 @@ class _Job:
         return 0 if collection is None else collection.epoch
 
     def _encoders(self, stack: ExitStack) -> Callable[[Iterator[TextBatch]], Iterator[EncodedBatch]]:
-        special = bool(self.plan.config["add_special_tokens"])
         if not self.workers:
-            return partial(map, Encoder(self.plan.tokenizer, add_special_tokens=special))
+            return partial(map, self.plan.encoder())
+        special = bool(self.plan.config["add_special_tokens"])
+        allow = self.plan.corpus.allows_special_tokens
         pool = stack.enter_context(
             ProcessPoolExecutor(
                 self.workers,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=start_worker,
-                initargs=(self.plan.tokenizer, special),
+                initargs=(self.plan.tokenizer, special, allow),
             )
         )
         return partial(_encode_in_pool, pool, self.workers)
@@ -220,7 +221,8 @@ class _Job:
     def _commit(self, actions: list[Any]) -> None:
         """Commit actions; the first commit of a tokenization also creates it."""
         key = ("tokenization", self.plan.id)
-        create = Create(*key, self.plan.config, {"tokenizer": self.plan.tokenizer.name})
+        info = {"tokenizer": self.plan.tokenizer.name, "tokenizers_version": tokenizers_version()}
+        create = Create(*key, self.plan.config, info)
         try:
             new: list[Action] = [] if key in self.store.state.collections else [create]
             self.store.log.commit([*new, *actions], txn=uuid.uuid4().hex)

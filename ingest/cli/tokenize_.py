@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", type=int, default=0, help="tokens shared by neighbouring windows")
     parser.add_argument("--rows-per-unit", type=auto_or_int, default="auto", help="rows per unit of work")
     parser.add_argument(
-        "--no-special-tokens", action="store_true", help="leave out what the tokenizer puts around a text"
+        "--no-special-tokens",
+        action="store_true",
+        help="leave out what the tokenizer puts around a text; conversations never get it",
     )
     parser.add_argument("--workers", type=int, help="processes; default: threads of this one")
 

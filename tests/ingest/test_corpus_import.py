@@ -479,9 +479,9 @@ def test_sources_that_are_not_there_or_not_documents(store, tmp_path):
             import_corpus(store, "c", source)
     with pytest.raises(NotFoundError):
         import_corpus(store, "c", tmp_path / "emptydir")
-    (tmp_path / "t.csv").write_text("text\na\n")
+    (tmp_path / "t.xlsx").write_text("no workbook")
     with pytest.raises(InvalidInputError, match="convert it"):
-        import_corpus(store, "c", tmp_path / "t.csv")
+        import_corpus(store, "c", tmp_path / "t.xlsx")
     mixed = tmp_path / "mixed"
     write_jsonl(mixed / "a.jsonl", [{"text": "a"}])
     pq.write_table(pa.table({"text": ["b"]}), mixed / "b.parquet")
@@ -518,7 +518,7 @@ def test_hub_names_that_cannot_be_reached(store, monkeypatch):
         {"duplicates": "keep"},
         {"max_document_bytes": 0},
         {"part_bytes": 0},
-        {"source_format": "csv"},
+        {"source_format": "xlsx"},
     ],
 )
 def test_bad_arguments(store, arguments):
