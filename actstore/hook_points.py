@@ -1,13 +1,18 @@
 """What is the name of a place in a model, and which places does a user's pattern mean?
 
-One grammar for all architectures (FORMAT.md, section 7):
+One grammar for all architectures (FORMAT.md, section 6.6):
 
     embed                                    output of the token embedding module, before positions or norms are added
     layers.{i}.resid_pre                     input of layer i, counted from 0
+    layers.{i}.attn_z                        input of attention's output projection: what the heads computed, one after the other
     layers.{i}.attn_out                      what attention adds to the residual stream (after a post-norm, if any)
+    layers.{i}.resid_mid                     the residual stream between attention and MLP; not where both read the same stream
+    layers.{i}.mlp_in                        what the MLP receives (after its norm, if any)
+    layers.{i}.router                        logits of a mixture's router, one per expert, before softmax and choice
     layers.{i}.mlp_act                       input of the MLP's output projection: its neurons
     layers.{i}.mlp_out                       what the MLP adds to the residual stream (after a post-norm, if any)
     layers.{i}.resid_post                    output of layer i; of the last layer too, so before the final norm
+    final_norm                               output of the norm after the last layer, which heads read
     module:<path>[:input|:output]            any module of the model by its path; `:output` where no side is named
 
 The names of TransformerLens (`blocks.3.hook_resid_post`) and sparsify (`layers.3`, `layers.3.mlp`) mean the same places.
@@ -22,14 +27,21 @@ from typing import Literal
 
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 
-LAYER_PARTS = ("resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post")
-"""Parts of a layer that this version captures, in the order in which a pre-norm layer computes them."""
+LAYER_PARTS = (
+    "resid_pre",
+    "attn_z",
+    "attn_out",
+    "resid_mid",
+    "mlp_in",
+    "router",
+    "mlp_act",
+    "mlp_out",
+    "resid_post",
+)
+"""Parts of a layer, in the order in which a pre-norm layer computes them. No model has all: few have a router."""
 
-RESERVED_PARTS = ("mlp_in", "resid_mid", "attn_z", "router")
-"""Parts of a layer that have a name and are not captured by this version."""
-
-RESERVED_NAMES = ("final_norm",)
-"""Places outside the layers that have a name and are not captured by this version."""
+_OUTSIDE = ("embed", "final_norm")
+"""Named places outside the layers."""
 
 _LAYER_NAME = re.compile(r"layers\.(0|[1-9][0-9]*)\.([a-z_]+)")
 _MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
@@ -44,15 +56,26 @@ _MAX_EXPANSION = 10_000
 
 # A layer in an alias may itself be a pattern: 3, *, [0-3], {4..8}.
 _LAYER = r"(?P<layer>\{[^{}]*\}|[^.{}]+)"
+# `hook_mlp_in` is meant as its version 3 means it, after the norm; before version 3 it lay before the norm, as hook_resid_mid.
 _TRANSFORMER_LENS = {
     "hook_resid_pre": "resid_pre",
-    "hook_resid_mid": "resid_mid",
-    "hook_resid_post": "resid_post",
-    "hook_attn_out": "attn_out",
+    "hook_in": "resid_pre",
     "attn.hook_z": "attn_z",
+    "hook_attn_out": "attn_out",
+    "hook_resid_mid": "resid_mid",
+    "ln2.hook_in": "resid_mid",
     "hook_mlp_in": "mlp_in",
+    "mlp.hook_in": "mlp_in",
     "mlp.hook_post": "mlp_act",
     "hook_mlp_out": "mlp_out",
+    "hook_resid_post": "resid_post",
+    "hook_out": "resid_post",
+}
+_TRANSFORMER_LENS_OUTSIDE = {
+    "hook_embed": "embed",
+    "embed.hook_out": "embed",
+    "ln_final.hook_normalized": "final_norm",
+    "ln_final.hook_out": "final_norm",
 }
 _BLOCK_ALIAS = re.compile(rf"blocks\.{_LAYER}\.(?P<part>.+)")
 _SPARSIFY_ALIAS = re.compile(rf"(?:layers|h)\.{_LAYER}(?P<mlp>\.mlp)?")
@@ -66,10 +89,10 @@ class HookPoint:
     """Canonical name: what stores, manifests and results call it."""
 
     layer: int | None
-    """Layer counted from 0; None for `embed` and `module:` places."""
+    """Layer counted from 0; None for `embed`, `final_norm` and `module:` places."""
 
     part: str
-    """`embed`, one of `LAYER_PARTS`, or `module`."""
+    """`embed`, one of `LAYER_PARTS`, `final_norm`, or `module`."""
 
     module: str | None = None
     """Path of the module, for `module:` places."""
@@ -99,10 +122,8 @@ def canonical_hook_point(name: str) -> str:
     name = name.strip()
     if name.startswith("module:"):
         return _canonical_module(name)
-    if name == "hook_embed":
-        return "embed"
-    if name == "ln_final.hook_normalized":
-        return "final_norm"
+    if name in _TRANSFORMER_LENS_OUTSIDE:
+        return _TRANSFORMER_LENS_OUTSIDE[name]
     if block := _BLOCK_ALIAS.fullmatch(name):
         part = _TRANSFORMER_LENS.get(block["part"])
         return f"layers.{block['layer']}.{part}" if part else name
@@ -127,15 +148,15 @@ def parse_hook_point(name: str) -> HookPoint:
     """Return the place that one name (no pattern) means, aliases translated.
 
     Raises:
-        NotFoundError: a name of no place that this version captures.
+        NotFoundError: a name of no place.
         InvalidInputError: a malformed `module:` name.
 
     >>> parse_hook_point("blocks.3.mlp.hook_post")
     HookPoint(name='layers.3.mlp_act', layer=3, part='mlp_act', module=None, side='output')
     """
     canonical = canonical_hook_point(name)
-    if canonical == "embed":
-        return HookPoint(canonical, None, "embed")
+    if canonical in _OUTSIDE:
+        return HookPoint(canonical, None, canonical)
     if canonical.startswith("module:"):
         path, _, side = canonical.removeprefix("module:").partition(":")
         if _MODULE_PATH.fullmatch(path):
@@ -143,12 +164,10 @@ def parse_hook_point(name: str) -> HookPoint:
     found = _LAYER_NAME.fullmatch(canonical)
     if found and found[2] in LAYER_PARTS:
         return HookPoint(canonical, int(found[1]), found[2])
-    if reserved := _reserved(canonical):
-        raise reserved
     raise NotFoundError(
         ErrorKind.HOOK_POINT_NOT_FOUND,
         f"hook point {name!r} is none: the names are embed, layers.<i>.<part> with part one of {', '.join(LAYER_PARTS)},"
-        " and module:<path>[:input|:output]",
+        " final_norm, and module:<path>[:input|:output]",
     )
 
 
@@ -197,7 +216,7 @@ def expand_hook_points(
 
 
 def layer_order(name: str) -> tuple[int, int, int, list[tuple[int, str]]]:
-    """Return the sort key of a canonical name: embed, then layers by number and part, then modules by path.
+    """Return the sort key of a canonical name: embed, layers by number and part, final_norm, then modules by path.
 
     >>> sorted(["layers.10.resid_pre", "layers.2.resid_post", "layers.2.attn_out", "embed"], key=layer_order)
     ['embed', 'layers.2.attn_out', 'layers.2.resid_post', 'layers.10.resid_pre']
@@ -205,9 +224,9 @@ def layer_order(name: str) -> tuple[int, int, int, list[tuple[int, str]]]:
     numbered = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
     found = _LAYER_NAME.fullmatch(name)
     if not found:
-        return (0 if name == "embed" else 2, 0, 0, numbered)
-    parts = (*LAYER_PARTS, *RESERVED_PARTS)
-    return (1, int(found[1]), parts.index(found[2]) if found[2] in parts else len(parts), numbered)
+        return ({"embed": 0, "final_norm": 2}.get(name, 3), 0, 0, numbered)
+    part = LAYER_PARTS.index(found[2]) if found[2] in LAYER_PARTS else len(LAYER_PARTS)
+    return (1, int(found[1]), part, numbered)
 
 
 def describe_hook_points(names: Sequence[str]) -> str:
@@ -284,19 +303,7 @@ def _matches(pattern: str, name: str) -> bool:
     return len(parts) == len(of_name) and all(map(fnmatchcase, of_name, parts))
 
 
-def _reserved(canonical: str) -> NotFoundError | None:
-    if canonical.rsplit(".", 1)[-1] not in RESERVED_PARTS and canonical not in RESERVED_NAMES:
-        return None
-    return NotFoundError(
-        ErrorKind.HOOK_POINT_NOT_FOUND,
-        f"hook point {canonical!r} has a name but is not captured by this version, which captures embed,"
-        f" layers.<i>.{{{','.join(LAYER_PARTS)}}} and module:<path>[:input|:output]: name the module instead",
-    )
-
-
 def _not_found(pattern: str, canonical: str, names: Sequence[str], available: Sequence[str]) -> NotFoundError:
-    if reserved := _reserved(canonical):
-        return reserved
     near = difflib.get_close_matches(canonical, names, n=3, cutoff=0.6)
     hint = f" did you mean {' or '.join(near)}?" if near else ""
     return NotFoundError(

@@ -16,9 +16,11 @@ import numpy.typing as npt
 
 from actstore.dtypes import stored_dtype as numpy_dtype
 from actstore.errors import ErrorKind, InvalidInputError, StorageError
+from actstore.hook_points import parse_hook_point
 
 from .architectures import Site
 from .batches import plan_batches
+from .compiling import compiled
 from .models import LoadedModel
 from .sinks import (
     Batch,
@@ -82,8 +84,11 @@ class Capturer:
         self.loaded, self.equal_lengths = loaded, equal_lengths
         self._names = loaded.map.resolve(list(hook_points))
         self._sites = {name: loaded.map.site(name) for name in self._names}
+        self._compiled = dict[str, Callable[..., Any]]()
         self.widths: Mapping[str, int] = self._probe_widths()
         """Canonical hook point -> activations per row, in layer order."""
+        self.heads: Mapping[str, int] = self._count_heads()
+        """Every attn_z of them -> number of attention heads, which its width is divided among."""
         self._buffers: StagingBuffers | None = None
 
     def capture_unit(
@@ -139,13 +144,14 @@ class Capturer:
 
     @contextlib.contextmanager
     def hooked(
-        self, put: Callable[[str, "torch.Tensor"], None], *, to_the_end: bool = False
+        self, put: Callable[[str, "torch.Tensor"], None], *, to_the_end: bool = False, eager: bool = False
     ) -> Iterator[Callable[[Int64Array, Int64Array | None], None]]:
         """Give a function that runs the model on padded ids and mask, (windows, tokens), handing each activation to `put`.
 
         Args:
             put: Takes a hook point and its activations on the device, as the model made them.
             to_the_end: Whether to run the whole model even when all hooks have fired.
+            eager: Whether to leave a model that was loaded to be compiled uncompiled.
 
         Raises:
             InvalidInputError: when a pass does not reach a hook point exactly once.
@@ -154,13 +160,11 @@ class Capturer:
 
         seen = dict[str, int]()
         # An exception would leave the weights that accelerate moved in for one module on the device.
-        run_all = (
-            to_the_end or len(set((getattr(self.loaded.model, "hf_device_map", None) or {}).values())) > 1
-        )
+        run_all = to_the_end or self.loaded.is_spread
 
         def look(name: str, activations: Any) -> None:
             seen[name] = seen.get(name, 0) + 1
-            put(name, _first_tensor(name, activations))
+            put(name, _tensor(name, activations, self._sites[name].index))
             if len(seen) == len(self._sites) and not run_all:
                 raise _StopForward
 
@@ -186,6 +190,11 @@ class Capturer:
         with contextlib.ExitStack() as stack, torch.inference_mode():
             for name, site in self._sites.items():
                 stack.callback(_register(self.loaded.model, name, site, look).remove)
+            if self.loaded.compile and not eager:
+                sites = list(self._sites.values())
+                stack.enter_context(
+                    compiled(self.loaded.model, self.loaded.map.layers_path, sites, self._compiled)
+                )
             yield forward
 
     def _probe_widths(self) -> dict[str, int]:
@@ -207,10 +216,29 @@ class Capturer:
                     f" {shape[1]} tokens, not one vector per token: name another module",
                 )
 
-        with self.hooked(put, to_the_end=True) as forward:
+        with self.hooked(put, to_the_end=True, eager=True) as forward:
             for shape in _PROBE_SHAPES:
-                forward(probe_ids(self.loaded, shape), None)
+                try:
+                    forward(probe_ids(self.loaded, shape), None)
+                except (RuntimeError, TypeError) as error:
+                    raise InvalidInputError(
+                        ErrorKind.BAD_MODEL,
+                        f"the forward pass of this {self.loaded.fingerprint['architecture']} fails on {shape[1]} tokens, in"
+                        f" {self.loaded.dtype} with {self.loaded.attn_implementation} attention: {error}. Some models"
+                        " compute in float32 or with attn_implementation='eager' only",
+                    ) from error
         return {name: widths[name] for name in self._names}
+
+    def _count_heads(self) -> dict[str, int]:
+        n_heads = self.loaded.map.n_heads
+        names = [name for name in self._names if parse_hook_point(name).part == "attn_z"]
+        if wrong := [name for name in names if n_heads is None or self.widths[name] % n_heads]:
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"hook point {wrong[0]!r} is {self.widths[wrong[0]]} wide, which is not {n_heads} heads of one size:"
+                " name the module instead (module:<path>:input)",
+            )
+        return {name: n_heads for name in names if n_heads is not None}
 
     def _check_input(
         self,
@@ -250,7 +278,7 @@ class Capturer:
 
     def _make_sink(self, out: Mapping[str, npt.NDArray[Any]], stored_dtype: str, max_rows: int) -> Sink:
         ordered = {name: out[name] for name in self._names}
-        overflow = OverflowCount(self.loaded.model.dtype, stored_dtype, len(next(iter(out.values()))))
+        overflow = OverflowCount(stored_dtype, len(next(iter(out.values()))))
         device = self.loaded.device
         if device.type == "cpu":
             return HostSink(ordered, stored_dtype, overflow)
@@ -304,16 +332,16 @@ def _register(model: Any, name: str, site: Site, look: Callable[[str, Any], None
     return module.register_forward_hook(after)
 
 
-def _first_tensor(name: str, value: Any) -> "torch.Tensor":
-    """Return the tensor, or the first one of a tuple, list or model output."""
+def _tensor(name: str, value: Any, index: int) -> "torch.Tensor":
+    """Return the tensor, or one of those in a tuple, list or model output: the first, or the one with that number."""
     import torch
 
     if isinstance(value, torch.Tensor):
         return value
-    values = value.values() if isinstance(value, Mapping) else value
-    for item in values if isinstance(values, Sequence) or isinstance(value, Mapping) else ():
-        if isinstance(item, torch.Tensor):
-            return item
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, Sequence) else ()
+    tensors = [item for item in values if isinstance(item, torch.Tensor)]
+    if len(tensors) > index:
+        return tensors[index]
     raise InvalidInputError(
         ErrorKind.BAD_ARGUMENT,
         f"hook point {name!r} carries no tensor but {type(value).__name__}: name another module",

@@ -5,13 +5,18 @@ files only, and never with code that came along. Weights that the files lack are
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from actstore.errors import ErrorKind, InvalidInputError
+from actstore.errors import ErrorKind, InvalidInputError, MissingDependencyError
 
 from .architectures import ModelMap, map_model
+from .dropping import drop_unused_layers, runs_without_layers
 from .weights import WeightFiles, config_sha256, find_weights, weights_sha256
 
 if TYPE_CHECKING:
@@ -45,12 +50,30 @@ class LoadedModel:
     """Most tokens in one window; None where positions are unlimited."""
     vocab_size: int
     """Token ids are below this."""
+    compile: bool = False
+    """Whether the parts between hooks go through torch.compile; results then differ in their last bits."""
 
     @property
     def device(self) -> "torch.device":
-        """Where input ids go."""
-        device: torch.device = self.model.device
-        return device
+        """Where input ids go and, for a model on several devices, activations are brought together."""
+        import torch
+
+        placed = self._placed
+        if not placed:
+            device: torch.device = self.model.device
+            return device
+        return torch.device(next((place for place in placed if place not in ("cpu", "disk")), "cpu"))
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether weights lie on more than the one device that computes, so that they may come and go in a pass."""
+        return len(self._placed) > 1 or "disk" in self._placed
+
+    @property
+    def _placed(self) -> list[str]:
+        """Where accelerate put the parts of the model; empty where it was not asked."""
+        places = (getattr(self.model, "hf_device_map", None) or {}).values()
+        return list(dict.fromkeys(f"cuda:{p}" if isinstance(p, int) else str(p) for p in places))
 
 
 def load_model(
@@ -62,6 +85,9 @@ def load_model(
     attn_implementation: str | None = None,
     cache_dir: str | None = None,
     offline: bool = False,
+    compile: bool = False,
+    device_map: str | Mapping[str, int | str] | None = None,
+    hook_points: Sequence[str] | None = None,
 ) -> LoadedModel:
     """Return the base model of `source`, ready to compute.
 
@@ -75,9 +101,15 @@ def load_model(
         attn_implementation: `eager`, `sdpa`, ...; None for what transformers prefers. Recorded.
         cache_dir: Folder of the hub's cache; None for its default.
         offline: Whether to look in that cache only.
+        compile: Whether the parts of the model between hook points go through torch.compile (`compiling.py`). The first
+            batches take long. Not for models on several devices.
+        device_map: Spreads the model over all devices, as accelerate does: `auto`, `balanced`, `balanced_low_0`, `sequential`,
+            or module path to device (`cpu` and `disk` too). None for one device, `device`.
+        hook_points: What will be captured, names or patterns: layers after the last one needed are left out, which saves their
+            memory. None keeps all.
 
     Raises:
-        NotFoundError: no such folder, or a hub name that cannot be had.
+        NotFoundError: no such folder, a hub name that cannot be had, or no such hook point.
         InvalidInputError: not safetensors, weights missing, an unknown or unfit architecture, or a bad argument.
         MissingDependencyError: torch or transformers is not installed.
     """
@@ -85,9 +117,27 @@ def load_model(
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT, f"compute dtype {dtype!r} is not one of auto, {', '.join(COMPUTE_DTYPES)}"
         )
+    _check_placement(device, device_map)
     files = find_weights(source, revision=revision, cache_dir=cache_dir, offline=offline)
     target = _pick_device(device)
-    model = _from_pretrained(source, files, dtype=dtype, attn_implementation=attn_implementation)
+    model = _from_pretrained(
+        source, files, dtype=dtype, attn_implementation=attn_implementation, device_map=device_map
+    )
+    loaded = _describe(source, model, files, compile=compile)
+    dropped = drop_unused_layers(model, loaded.map, hook_points)
+    if device_map is None:
+        model.to(target)
+    if dropped is not None:
+        if runs_without_layers(model, loaded.device):
+            loaded = replace(loaded, map=loaded.map.without_layers_from(dropped.n_kept))
+        else:
+            dropped.put_back(model, loaded.device)
+    _check_compile(loaded)
+    return loaded
+
+
+def _describe(source: str, model: Any, files: WeightFiles, *, compile: bool) -> LoadedModel:
+    """Make the model ready to compute, and say what it is."""
     config = model.config
     compute_dtype = str(model.dtype).removeprefix("torch.")
     if compute_dtype not in COMPUTE_DTYPES:
@@ -95,7 +145,7 @@ def load_model(
             ErrorKind.BAD_MODEL,
             f"model {source!r} computes in {compute_dtype}: name one of {', '.join(COMPUTE_DTYPES)} as its dtype",
         )
-    model.eval().requires_grad_(False).to(target)
+    model.eval().requires_grad_(False)
     text_config = config.get_text_config()
     config.use_cache = text_config.use_cache = False
     implementation = str(config._attn_implementation)
@@ -119,13 +169,55 @@ def load_model(
         d_model=int(text_config.hidden_size),
         context_length=_context_length(model, text_config),
         vocab_size=int(model.get_input_embeddings().num_embeddings),
+        compile=compile,
     )
 
 
-def _from_pretrained(source: str, files: WeightFiles, *, dtype: str, attn_implementation: str | None) -> Any:
+def _check_placement(device: str, device_map: str | Mapping[str, int | str] | None) -> None:
+    if device_map is None:
+        return
+    if device != "auto":
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"device {device!r} and device_map {device_map!r} both say where the model goes: give one of them",
+        )
+    if find_spec("accelerate") is None:
+        raise MissingDependencyError(
+            ErrorKind.MISSING_DEPENDENCY,
+            "load_model() with a device_map needs accelerate: pip install 'actstore[ingest]'",
+        )
+
+
+def _check_compile(loaded: LoadedModel) -> None:
+    if not loaded.compile:
+        return
+    if loaded.is_spread or not loaded.map.n_layers:
+        why = "its weights lie on several devices" if loaded.is_spread else "its layers were not recognised"
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"this {loaded.fingerprint['architecture']} cannot be compiled: {why}; leave compile out",
+        )
+
+
+def _from_pretrained(
+    source: str,
+    files: WeightFiles,
+    *,
+    dtype: str,
+    attn_implementation: str | None,
+    device_map: str | Mapping[str, int | str] | None,
+) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
 
+    placement: dict[str, Any] = {}
+    if device_map is not None:
+        # For weights that have to be rewritten before they can be read from disk; mostly it stays empty.
+        folder = tempfile.mkdtemp(prefix="actstore-offload-")
+        placement = {
+            "device_map": device_map if isinstance(device_map, str) else dict(device_map),
+            "offload_folder": folder,
+        }
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
         if getattr(config, "is_encoder_decoder", False):
@@ -144,7 +236,10 @@ def _from_pretrained(source: str, files: WeightFiles, *, dtype: str, attn_implem
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **placement,
             )
+        if placement:
+            weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     except InvalidInputError:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:

@@ -94,17 +94,16 @@ class OverflowCount:
     The counts stay on the device, so that counting waits for nothing.
     """
 
-    def __init__(self, source_dtype: "torch.dtype", stored_dtype: str, n_rows: int) -> None:
+    def __init__(self, stored_dtype: str, n_rows: int) -> None:
         import torch
 
         self._stored_dtype, self._n_rows = stored_dtype, n_rows
-        limit = torch.finfo(torch_dtype(stored_dtype)).max
-        self._limit = limit if torch.finfo(source_dtype).max > limit else None
+        self._limit = torch.finfo(torch_dtype(stored_dtype)).max
         self._found = dict[str, tuple["torch.Tensor", "torch.Tensor"]]()
 
     def is_possible(self, source: "torch.Tensor") -> bool:
         """Return whether any value is beyond the limit or not finite: one quick look, which waits for the device."""
-        if self._limit is None:
+        if not self._is_wider(source):
             return False
         low, high = source.aminmax()
         # False for a NaN too: it hides whatever is beside it.
@@ -112,13 +111,19 @@ class OverflowCount:
 
     def add(self, name: str, source: "torch.Tensor", stored: "torch.Tensor") -> None:
         """Compare one hook point's rows before and after conversion; waits for nothing."""
-        if self._limit is None:
+        if not self._is_wider(source):
             return
         bad = stored.isinf().logical_and_(source.isfinite())
         count, largest = bad.sum(), source.abs().masked_fill_(~bad, 0).max().float()
         if name in self._found:
             count, largest = count + self._found[name][0], largest.maximum(self._found[name][1])
         self._found[name] = (count, largest)
+
+    def _is_wider(self, source: "torch.Tensor") -> bool:
+        """Return whether values of this type can be beyond the limit. A model's hook points may differ in their types."""
+        import torch
+
+        return bool(torch.finfo(source.dtype).max > self._limit)
 
     def check(self) -> None:
         """Raise if anything overflowed: the one place that waits for the device."""

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.hook_points import (
     LAYER_PARTS,
-    RESERVED_PARTS,
     canonical_hook_point,
     describe_hook_points,
     expand_hook_points,
@@ -20,7 +19,8 @@ from actstore.names import check_key, hook_point_folder
 
 
 def available(n_layers):
-    return ["embed", *(f"layers.{i}.{part}" for i in range(n_layers) for part in LAYER_PARTS)]
+    layers = [f"layers.{i}.{part}" for i in range(n_layers) for part in LAYER_PARTS]
+    return ["embed", *layers, "final_norm"]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,16 @@ def available(n_layers):
         ("blocks.3.hook_mlp_out", "layers.3.mlp_out"),
         ("blocks.3.mlp.hook_post", "layers.3.mlp_act"),
         ("blocks.3.attn.hook_z", "layers.3.attn_z"),
+        ("blocks.3.hook_resid_mid", "layers.3.resid_mid"),
+        ("blocks.3.ln2.hook_in", "layers.3.resid_mid"),
+        ("blocks.3.hook_mlp_in", "layers.3.mlp_in"),
+        ("blocks.3.mlp.hook_in", "layers.3.mlp_in"),
+        ("blocks.3.hook_in", "layers.3.resid_pre"),
+        ("blocks.3.hook_out", "layers.3.resid_post"),
+        ("embed.hook_out", "embed"),
+        ("final_norm", "final_norm"),
+        ("ln_final.hook_normalized", "final_norm"),
+        ("ln_final.hook_out", "final_norm"),
         ("blocks.*.hook_resid_post", "layers.*.resid_post"),
         ("blocks.{4..8}.hook_resid_post", "layers.{4..8}.resid_post"),
         ("layers.3", "layers.3.resid_post"),
@@ -60,6 +70,13 @@ def test_parse():
     point = parse_hook_point("module:layers.0.mlp.gate:input")
     assert (point.module, point.side, point.layer) == ("layers.0.mlp.gate", "input", None)
     assert parse_hook_point("hook_embed").part == "embed"
+    point = parse_hook_point("ln_final.hook_normalized")
+    assert (point.name, point.layer, point.part, point.module) == ("final_norm", None, "final_norm", None)
+    for part in LAYER_PARTS:
+        assert (parse_hook_point(f"layers.7.{part}").layer, parse_hook_point(f"layers.7.{part}").part) == (
+            7,
+            part,
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,19 +115,33 @@ def test_bad_modules_are_refused(name):
         parse_hook_point(name)
 
 
-@pytest.mark.parametrize("part", RESERVED_PARTS)
-def test_reserved_names_say_that_they_are_not_captured(part):
-    for ask in (
-        lambda: parse_hook_point(f"layers.0.{part}"),
-        lambda: expand_hook_points(f"layers.*.{part}", available(2)),
-    ):
-        with pytest.raises(NotFoundError, match="not captured by this version") as caught:
-            ask()
-        assert all(captured in str(caught.value) for captured in LAYER_PARTS)
+def test_the_order_is_that_of_computing():
+    """Parts that stores already hold keep their order among themselves."""
+    assert list(LAYER_PARTS) == (
+        [
+            "resid_pre",
+            "attn_z",
+            "attn_out",
+            "resid_mid",
+            "mlp_in",
+            "router",
+            "mlp_act",
+            "mlp_out",
+            "resid_post",
+        ]
+    )
+    names = ["module:a:output", "final_norm", "layers.10.resid_pre", "layers.9.resid_post", "embed"]
+    assert sorted(names, key=layer_order) == names[::-1]
 
 
-def test_a_store_of_a_later_version_may_have_them():
-    assert expand_hook_points("layers.*.attn_z", [*available(2), "layers.1.attn_z"]) == ("layers.1.attn_z",)
+def test_parts_of_a_later_version_are_found_in_a_store_and_stand_last_in_their_layer():
+    names = [*available(2), "layers.1.other"]
+    assert expand_hook_points("layers.*.other", names) == ("layers.1.other",)
+    assert expand_hook_points("layers.1.other,layers.1.resid_post,layers.1.router", names) == (
+        "layers.1.router",
+        "layers.1.resid_post",
+        "layers.1.other",
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +185,7 @@ def test_no_match_is_an_error(patterns):
     with pytest.raises(NotFoundError) as caught:
         expand_hook_points(patterns, available(12))
     assert caught.value.kind is ErrorKind.HOOK_POINT_NOT_FOUND
-    assert "layers.{0..11}.{resid_pre,attn_out,mlp_act,mlp_out,resid_post}" in str(caught.value)
+    assert f"layers.{{0..11}}.{{{','.join(LAYER_PARTS)}}}" in str(caught.value)
 
 
 def test_close_names_are_offered():
@@ -207,7 +238,7 @@ def test_modules():
     st.randoms(),
 )
 def test_order_is_by_layer_whatever_was_asked_first(pairs, random):
-    names = [f"layers.{i}.{part}" for i, part in pairs] + ["embed"]
+    names = [f"layers.{i}.{part}" for i, part in pairs] + ["embed", "final_norm"]
     random.shuffle(names)
     expected = [
         "embed",
@@ -215,6 +246,7 @@ def test_order_is_by_layer_whatever_was_asked_first(pairs, random):
             f"layers.{i}.{part}"
             for i, part in sorted(set(pairs), key=lambda p: (p[0], LAYER_PARTS.index(p[1])))
         ),
+        "final_norm",
     ]
     assert list(expand_hook_points(names, available(121))) == expected
     assert sorted(set(names), key=layer_order) == expected

@@ -7,12 +7,13 @@ from transformers import AutoModel
 
 from actstore.dtypes import count_nonfinite
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError, StorageError
-from actstore.hook_points import LAYER_PARTS
 from actstore.ingest.capture import Capturer
 from actstore.ingest.models import load_model
 from tests.ingest.tiny_models import FAMILIES, MORE_FAMILIES, cached
 
 DTYPES = ("float32", "float16", "bfloat16")
+PARTS = ("resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post")
+"""Parts that `own_forward` sees; the others are in test_capture_families.py."""
 TOLERANCE = {"float32": 5e-6, "float16": 1e-2, "bfloat16": 6e-2}
 """Of a row's norm; of batches of other shapes than the document alone."""
 
@@ -128,7 +129,7 @@ def test_one_window_per_batch_is_exact_and_mixed_batches_are_close(family, dtype
     loaded = load_model(folder, dtype=dtype)
     documents = make_documents(MIXED, seed=len(family))
     expected = own_forward(folder, dtype, documents, family)
-    assert set(expected) == {"embed", *(f"layers.{i}.{part}" for i in range(3) for part in LAYER_PARTS)}
+    assert set(expected) == {"embed", *(f"layers.{i}.{part}" for i in range(3) for part in PARTS)}
     alone, stats = capture(loaded, documents, ["*"], dtype, batch_tokens=1)
     assert stats.n_batches == len(documents)
     assert list(alone) == list(Capturer(loaded, ["*"]).widths)
@@ -148,7 +149,7 @@ def test_other_shapes_of_models(family):
     loaded = load_model(folder)
     alone, _ = capture(loaded, documents, ["*"], "float32", batch_tokens=1)
     together, _ = capture(loaded, documents, ["*"], "float32", batch_tokens=100)
-    assert set(alone) == set(expected)
+    assert set(expected) < set(alone)
     for name, tensor in expected.items():
         assert torch.equal(alone[name], tensor), name
         assert_close(together[name], tensor, "float32")
@@ -309,7 +310,7 @@ def _remap(model):
 
 
 @pytest.mark.parametrize(
-    "hooks", ["layers.3.resid_post", "layers.0.resid_mid", "module:h.0.nothing", "elsewhere"]
+    "hooks", ["layers.3.resid_post", "layers.0.router", "module:h.0.nothing", "elsewhere"]
 )
 def test_unknown_hook_points(hooks):
     with pytest.raises(NotFoundError) as caught:
@@ -324,7 +325,7 @@ def test_a_model_without_a_list_of_layers_has_modules_only():
     loaded = load_model(cached("gpt2"))
     loaded.config.n_layer = 7
     found = _remap(loaded.model)
-    assert (found.n_layers, list(found.sites)) == (0, ["embed"])
+    assert (found.n_layers, found.layers, list(found.sites)) == (0, (), ["embed"])
     with pytest.raises(NotFoundError, match="No list of layers was recognised"):
         found.resolve("layers.0.resid_post")
     assert found.resolve("module:h.0.mlp") == ("module:h.0.mlp:output",)

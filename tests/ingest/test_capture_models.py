@@ -59,8 +59,10 @@ def test_what_is_known_of_a_model():
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_hook_points_of_every_family(family):
     loaded = load_model(cached(family))
-    has_neurons = family != "qwen3_moe"
-    assert len(loaded.map.sites) == 1 + 3 * (5 if has_neurons else 4)
+    is_parallel = family in ("gpt_neox", "gptj", "falcon")
+    is_post_norm = family in ("bert", "roberta")
+    # All parts but router or mlp_act, and what such a model has not.
+    assert len(loaded.map.sites) == 1 + 3 * (7 if is_parallel else 8) + (0 if is_post_norm else 1)
     assert loaded.map.is_additive == (family not in ("bert", "roberta"))
     # BLOOM and Falcon have no limit of positions in their configuration or one of their own.
     assert loaded.context_length == {"bloom": None, "falcon": 2048}.get(family, 64)

@@ -40,9 +40,7 @@ def staged(capturer, ids, starts, stored, buffers, batch_tokens):
     out = arrays(capturer, len(ids), stored)
     batches = plan_batches(np.diff(starts), batch_tokens)
     largest = max(int(np.diff(starts)[b].sum()) for b in batches)
-    sink = StagedSink(
-        out, stored, OverflowCount(capturer.loaded.model.dtype, stored, len(ids)), buffers, largest
-    )
+    sink = StagedSink(out, stored, OverflowCount(stored, len(ids)), buffers, largest)
     with capturer.hooked(sink.put) as forward:
         for windows in batches:
             batch, ids_bt, mask_bt = make_batch(ids, starts, windows)
@@ -84,7 +82,7 @@ def test_a_unit_that_was_given_up_leaves_nothing_in_the_buffers():
     buffers = StagingBuffers(torch.device("cpu"), LateStream())
     ids, starts = np.arange(20, dtype=np.int32), np.array([0, 10, 20])
     given_up = arrays(capturer, 20, "float32")
-    sink = StagedSink(given_up, "float32", OverflowCount(torch.float32, "float32", 20), buffers, 10)
+    sink = StagedSink(given_up, "float32", OverflowCount("float32", 20), buffers, 10)
     with capturer.hooked(sink.put) as forward:
         batch, ids_bt, mask_bt = make_batch(ids, starts, np.array([0]))
         sink.begin(batch)
@@ -116,3 +114,55 @@ def test_tensors_share_the_arrays_memory(stored):
     # Sign and top exponent bit: -2 in all three formats.
     assert array.view(np.uint8).reshape(6, -1)[5, -1] == 0xC0
     assert np.count_nonzero(array) == 1
+
+
+@pytest.mark.parametrize("stream", [SynchronousStream, LateStream])
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_hook_points_of_different_types_in_one_buffer(stream, compute, stored):
+    """This router computes in float32 whatever the model does: its logits are not rounded to the model's type first."""
+    loaded = load_model(cached("deepseek_v3"), dtype=compute)
+    capturer = Capturer(
+        loaded, ["layers.1.router", "layers.1.resid_mid", "layers.{1,2}.resid_post", "final_norm"]
+    )
+    types = {}
+    ids, starts = np.arange(40, 72, dtype=np.int32), np.array([0, 5, 14, 32])
+    with capturer.hooked(lambda name, x: types.update({name: x.dtype})) as forward:
+        forward(ids[None].astype(np.int64), None)
+    assert types["layers.1.router"] == torch.float32 != types["layers.1.resid_post"]
+    direct = arrays(capturer, len(ids), stored)
+    capturer.capture_unit(ids, starts, direct, batch_tokens=64, stored_dtype=stored)
+    buffers = StagingBuffers(torch.device("cpu"), stream())
+    got = staged(capturer, ids, starts, stored, buffers, 64)
+    for name in direct:
+        assert np.array_equal(got[name].view(np.uint8), direct[name].view(np.uint8)), name
+    if stored == "float32":
+        # The weights' type has fewer digits than these logits.
+        narrow = torch.from_numpy(direct["layers.1.router"]).to(getattr(torch, compute)).float().numpy()
+        assert (narrow != direct["layers.1.router"]).mean() > 0.9
+        wide = torch.from_numpy(direct["layers.1.resid_post"])
+        assert torch.equal(wide.to(getattr(torch, compute)).float(), wide)
+
+
+def directly(capturer, ids, starts):
+    out = arrays(capturer, len(ids), "float16")
+    capturer.capture_unit(ids, starts, out, batch_tokens=64, stored_dtype="float16")
+
+
+def through_a_buffer(capturer, ids, starts):
+    staged(capturer, ids, starts, "float16", StagingBuffers(torch.device("cpu"), LateStream()), 64)
+
+
+@pytest.mark.parametrize("store", [directly, through_a_buffer])
+def test_float32_logits_of_a_float16_model_can_overflow(store):
+    loaded = load_model(cached("deepseek_v3"), dtype="float16")
+    loaded.model.layers[1].mlp.gate.weight.mul_(2.0**17)
+    capturer = Capturer(loaded, ["layers.1.router", "layers.1.resid_mid"])
+    ids, starts = np.arange(9, dtype=np.int32), np.array([0, 4, 9])
+    wide = arrays(capturer, 9, "float32")
+    capturer.capture_unit(ids, starts, wide, batch_tokens=64, stored_dtype="float32")
+    count = int((np.abs(wide["layers.1.router"]) >= 65520).sum())
+    assert count > 0
+    with pytest.raises(InvalidInputError, match=rf"\(layers.1.router: {count} values, the largest") as caught:
+        store(capturer, ids, starts)
+    assert caught.value.kind is ErrorKind.OVERFLOW

@@ -28,6 +28,55 @@ FAMILIES = (
 MORE_FAMILIES = ("opt", "roberta", "qwen3_moe", "gptj", "bloom", "modernbert", "falcon")
 """Families that differ in one of: positions, module shapes, experts."""
 
+MOE_FAMILIES = (
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "phimoe",
+    "granitemoe",
+    "llama4",
+)
+"""Mixtures of experts: their routers differ."""
+
+OTHER_FAMILIES = (
+    *(family for family in MOE_FAMILIES if family != "qwen3_moe"),
+    "gpt_neo",
+    "gpt_bigcode",
+    "phi",
+    "phi3",
+    "stablelm",
+    "stablelm_parallel",
+    "cohere",
+    "cohere2",
+    "glm",
+    "glm4",
+    "mpt",
+    "olmo",
+    "olmo3",
+    "exaone4",
+    "falcon_new",
+    "falcon_serial",
+    "granite",
+    "starcoder2",
+    "smollm3",
+    "nemotron",
+    "persimmon",
+    "xglm",
+    "opt_post_norm",
+    "distilbert",
+    "electra",
+    "deberta",
+    "deberta_v2",
+    "xlm_roberta",
+    "roberta_prelayernorm",
+)
+"""Families whose shape is one of those above, seen from elsewhere in the tree."""
+
+ALL_FAMILIES = (*FAMILIES, *MORE_FAMILIES, *OTHER_FAMILIES)
+
 VOCAB_SIZE = 512
 
 
@@ -68,7 +117,7 @@ def build(
                 parameter.copy_(parameter + noise if is_norm else noise)
         model.to(getattr(torch, dtype)).save_pretrained(path)
         if tokenizer:
-            build_tokenizer(path, vocab_size=vocab_size, bert=family in ("bert", "roberta", "modernbert"))
+            build_tokenizer(path, vocab_size=vocab_size, bert="bert" in family)
 
 
 def make_config(family: str, *, d_model: int, n_layers: int, n_heads: int, vocab_size: int, context: int):
@@ -97,6 +146,21 @@ def make_config(family: str, *, d_model: int, n_layers: int, n_heads: int, vocab
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+    few_experts = {"num_experts_per_tok": 2, "moe_intermediate_size": d_model}
+    falcon = {
+        "vocab_size": vocab_size,
+        "hidden_size": d_model,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+    }
+    latent_attention = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 12,
+    }
+    relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
     # Sliding windows are shorter than the tests' windows, so that they matter.
     sliding = {"sliding_window": 6}
     makers = {
@@ -137,11 +201,117 @@ def make_config(family: str, *, d_model: int, n_layers: int, n_heads: int, vocab
             bos_token_id=0,
             eos_token_id=0,
         ),
-        "falcon": lambda: tf.FalconConfig(
+        "falcon": lambda: tf.FalconConfig(**falcon),
+        "falcon_new": lambda: tf.FalconConfig(**falcon, new_decoder_architecture=True, num_kv_heads=2),
+        "falcon_serial": lambda: tf.FalconConfig(**falcon, parallel_attn=False, multi_query=False),
+        "gpt_neo": lambda: tf.GPTNeoConfig(
             vocab_size=vocab_size,
             hidden_size=d_model,
-            num_hidden_layers=n_layers,
-            num_attention_heads=n_heads,
+            num_layers=n_layers,
+            num_heads=n_heads,
+            attention_types=[[["global"], 1], [["local"], n_layers - 1]],
+            window_size=6,
+            max_position_embeddings=context,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        "gpt_bigcode": lambda: tf.GPTBigCodeConfig(**gpt2_like),
+        "phi": lambda: tf.PhiConfig(**common, **grouped),
+        "phi3": lambda: tf.Phi3Config(**common, **grouped),
+        "stablelm": lambda: tf.StableLmConfig(**common, **grouped),
+        "stablelm_parallel": lambda: tf.StableLmConfig(**common, **grouped, use_parallel_residual=True),
+        "cohere": lambda: tf.CohereConfig(**common, **grouped),
+        "cohere2": lambda: tf.Cohere2Config(**common, **grouped, **sliding),
+        "glm": lambda: tf.GlmConfig(**common, **grouped, **head),
+        "glm4": lambda: tf.Glm4Config(**common, **grouped, **head),
+        "mpt": lambda: tf.MptConfig(
+            d_model=d_model,
+            n_heads=n_heads,
+            n_layers=n_layers,
+            vocab_size=vocab_size,
+            max_seq_len=context,
+            expansion_ratio=3,
+        ),
+        "olmo": lambda: tf.OlmoConfig(**common, **grouped),
+        "olmo3": lambda: tf.Olmo3Config(**common, **grouped, **sliding),
+        "exaone4": lambda: tf.Exaone4Config(**common, **grouped),
+        "granite": lambda: tf.GraniteConfig(**common, **grouped),
+        "starcoder2": lambda: tf.Starcoder2Config(**common, **grouped),
+        "smollm3": lambda: tf.SmolLM3Config(**common, **grouped),
+        "nemotron": lambda: tf.NemotronConfig(**common, **grouped),
+        "persimmon": lambda: tf.PersimmonConfig(**common),
+        "xglm": lambda: tf.XGLMConfig(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            num_layers=n_layers,
+            attention_heads=n_heads,
+            ffn_dim=3 * d_model,
+            max_position_embeddings=context,
+        ),
+        "opt_post_norm": lambda: tf.OPTConfig(
+            **common | {"ffn_dim": 3 * d_model, "pad_token_id": 1},
+            word_embed_proj_dim=d_model,
+            do_layer_norm_before=False,
+        ),
+        "mixtral": lambda: tf.MixtralConfig(**common, **grouped, num_local_experts=4, num_experts_per_tok=2),
+        "olmoe": lambda: tf.OlmoeConfig(**common, **grouped, num_experts=4, num_experts_per_tok=2),
+        "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+            **common, **grouped, **few_experts, num_experts=4, shared_expert_intermediate_size=d_model
+        ),
+        "deepseek_v3": lambda: tf.DeepseekV3Config(
+            **common,
+            **few_experts,
+            **latent_attention,
+            num_key_value_heads=n_heads,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
+        "gpt_oss": lambda: tf.GptOssConfig(
+            **common,
+            **grouped,
+            **head,
+            **sliding,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        ),
+        "phimoe": lambda: tf.PhimoeConfig(**common, **grouped, num_local_experts=4, num_experts_per_tok=2),
+        "granitemoe": lambda: tf.GraniteMoeConfig(
+            **common, **grouped, num_local_experts=4, num_experts_per_tok=2
+        ),
+        "llama4": lambda: tf.Llama4TextConfig(
+            **common,
+            **grouped,
+            **head,
+            num_local_experts=4,
+            intermediate_size_mlp=3 * d_model,
+            interleave_moe_layer_step=2,
+        ),
+        "distilbert": lambda: tf.DistilBertConfig(
+            vocab_size=vocab_size,
+            dim=d_model,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            hidden_dim=3 * d_model,
+            max_position_embeddings=context,
+        ),
+        "electra": lambda: tf.ElectraConfig(**common | {"pad_token_id": 0}, embedding_size=d_model // 2),
+        "deberta": lambda: tf.DebertaConfig(**common | {"pad_token_id": 0}, **relative),
+        "deberta_v2": lambda: tf.DebertaV2Config(
+            **common | {"pad_token_id": 0},
+            **relative,
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+        ),
+        "xlm_roberta": lambda: tf.XLMRobertaConfig(
+            **common | {"pad_token_id": 1, "max_position_embeddings": context + 2}
+        ),
+        "roberta_prelayernorm": lambda: tf.RobertaPreLayerNormConfig(
+            **common | {"pad_token_id": 1, "max_position_embeddings": context + 2}
         ),
         "t5": lambda: tf.T5Config(
             vocab_size=vocab_size, d_model=d_model, num_layers=n_layers, num_heads=n_heads, d_kv=8
