@@ -39,6 +39,7 @@ class ErrorKind(StrEnum):
     TOO_LARGE = "too-large"
     TIMED_OUT = "timed-out"
     SELF_TEST_FAILED = "self-test-failed"
+    BAD_ACTIVATIONS = "bad-activations"
     # ConflictError
     ALREADY_EXISTS = "already-exists"
     CONFIG_DIFFERS = "config-differs"

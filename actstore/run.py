@@ -9,11 +9,14 @@ from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.hook_points import canonical_hook_point
 from actstore.log.values import Collection
 from actstore.names import hook_point_folder
-from actstore.stats import HookPointStats, empty_stats, is_stats_key, merge_stats, stats_from_table
+from actstore.pooled_tables import POOLINGS
+from actstore.stats import HookPointStats, run_stats
 from actstore.tokenization import Tokenization
 
 if TYPE_CHECKING:
     from actstore.activations import Activations
+    from actstore.covariance import Covariance
+    from actstore.pooled import Pooled
     from actstore.result import Result
     from actstore.store import Store
 
@@ -66,8 +69,25 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every unit of the tokenization is stored and the run is sealed."""
+        """Whether the run is sealed: every unit of the tokenization is stored, or listed in `quarantined`."""
         return self.collection.is_sealed
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """What the run stores of its activations: `dense` rows, `pooled` document vectors, or both."""
+        return tuple(self.collection.config.get("keep", ("dense",)))
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """Which pooled vectors the run keeps, out of mean, last, max and weighted_mean; none if it keeps dense rows only."""
+        return tuple(self.collection.config.get("poolings", POOLINGS)) if "pooled" in self.keep else ()
+
+    @property
+    def quarantined(self) -> dict[int, str]:
+        """Units that a complete run is without, each with the reason: they failed for good, and their rows do not exist."""
+        seal = self.collection.seal
+        left_out = seal.meta.get("quarantined", {}) if seal is not None else {}
+        return {int(unit): str(reason) for unit, reason in left_out.items()}
 
     @property
     def tokenization(self) -> Tokenization:
@@ -83,31 +103,77 @@ class Run:
 
         Raises:
             NotFoundError: the run has no such hook point; the message lists those it has.
+            InvalidInputError: the run keeps pooled vectors only.
         """
         from actstore.activations import Activations
 
         name = self._hook_point_entry(hook_point)["name"]
+        self._check_dense(name)
         return Activations(self.store.storage, self.collection, name)
 
+    def pooled(self, hook_point: str, pooling: str = "mean") -> "Pooled":
+        """Return one vector per document at a hook point, read on demand; aliases of the name are accepted.
+
+        Args:
+            hook_point: One of the run's.
+            pooling: `mean`, `last` (the last token), `max`, or `weighted_mean` (tokens weigh as much as their 1-based position).
+
+        Raises:
+            NotFoundError: the run has no such hook point.
+            InvalidInputError: it keeps no pooled vectors, or not these; the message lists what it has.
+        """
+        from actstore.pooled import Pooled
+
+        entry = self._hook_point_entry(hook_point)
+        if pooling not in self.poolings:
+            found = f"keeps {', '.join(self.poolings)}" if self.poolings else "keeps dense rows only"
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"pooled vectors {pooling!r} of {entry['name']!r} were asked for, and run {self.id!r} {found}: "
+                "ask for what there is, or ingest again with keep=['dense', 'pooled'] and poolings=[...]",
+            )
+        return Pooled(
+            self.store.objects,
+            self.collection,
+            self.tokenization.units,
+            hook_point=str(entry["name"]),
+            d_model=int(entry["d_model"]),
+            pooling=pooling,
+        )
+
     def array_path(self, hook_point: str) -> str:
-        """Return the key of the hook point's Zarr array under the store, for `zarr.open_array(store + "/" + key)`."""
-        return f"runs/{self.id}/{hook_point_folder(self._hook_point_entry(hook_point)['name'])}"
+        """Return the key of the hook point's Zarr array under the store, for `zarr.open_array(store + "/" + key)`.
+
+        Raises:
+            NotFoundError: the run has no such hook point.
+            InvalidInputError: the run keeps pooled vectors only.
+        """
+        name = self._hook_point_entry(hook_point)["name"]
+        self._check_dense(name)
+        return f"runs/{self.id}/{hook_point_folder(name)}"
 
     def stats(self, hook_point: str) -> HookPointStats:
         """Return statistics of a hook point over all stored rows: moments, extremes, norms, non-finite counts.
 
-        Reads one small object when the run is complete, one per unit before.
+        Of a run that keeps pooled vectors only, over all rows that they were made of. Reads one small object when the run is
+        complete, one per unit before.
         """
-        entry = self._hook_point_entry(hook_point)
-        name = entry["name"]
-        seal, units = self.collection.seal, self.collection.units.values()
-        objects = seal.objects if seal is not None else (o for u in units for o in u.objects)
-        total = empty_stats(name, int(entry["d_model"]))
-        for obj in objects:
-            if not is_stats_key(self.id, obj.key):
-                continue
-            total = merge_stats(total, stats_from_table(self.store.objects.table(obj))[name])
-        return total
+        name = str(self._hook_point_entry(hook_point)["name"])
+        return run_stats(self, [name])[name]
+
+    def covariance(self, hook_point: str) -> "Covariance":
+        """Return how the dimensions of a hook point vary together over all stored rows, of a run made with `covariance=True`.
+
+        Reads one object when the run is complete, one per unit before.
+
+        Raises:
+            NotFoundError: the run has no such hook point.
+            InvalidInputError: the run was made without covariances.
+            FormatError: an object is missing or damaged.
+        """
+        from actstore.covariance import run_covariance
+
+        return run_covariance(self, self._hook_point_entry(hook_point)["name"])
 
     def examples(self, target: Any, k: int = 20, **options: Any) -> "Result":
         """Return the contexts that most activate a neuron or direction; see `actstore.query.examples.examples`."""
@@ -132,6 +198,12 @@ class Run:
                 ErrorKind.BAD_ARGUMENT,
                 f"texts are a list of strings, got the one string {texts[:60]!r}: write [text]",
             )
+        if "imported" in self.collection.config["model"]:
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"run {self.id!r} was imported from another program's activations and has no model that texts could go "
+                "through: query by a stored row or by vectors",
+            )
         module = lazy_import("actstore.ingest.encode_text", needed_for="a query by text", extra="ingest")
         tokenization = self.tokenization
         answer: list[Any] = module.encode_text(
@@ -147,6 +219,14 @@ class Run:
             add_special_tokens=bool(tokenization.config["add_special_tokens"]),
         )
         return answer
+
+    def _check_dense(self, hook_point: str) -> None:
+        if "dense" not in self.keep:
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT,
+                f"token rows of {hook_point!r} were asked for, and run {self.id!r} keeps pooled vectors only "
+                f"({', '.join(self.poolings)}): use run.pooled(hook_point), or ingest with keep=['dense']",
+            )
 
     def _hook_point_entry(self, hook_point: str) -> Mapping[str, Any]:
         name = canonical_hook_point(hook_point)

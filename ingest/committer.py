@@ -6,18 +6,20 @@ thought dead is fenced off by its epoch (FORMAT.md, section 5).
 """
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from actstore.codec.metadata import zarr_json
+from actstore.covariance import covariance_key, is_covariance_key, merge_covariances
 from actstore.errors import ConflictError, ErrorKind, StorageError
 from actstore.log import CommitLog
 from actstore.log.values import Action, Add, Collection, Fence, Seal, StoredObject
 from actstore.names import hook_point_folder
 from actstore.objects import ObjectReader
-from actstore.stats import HookPointStats, is_stats_key, merge_stats, stats_from_table, stats_to_table
+from actstore.stats import empty_stats, is_stats_key, merge_stats, stats_from_table, stats_to_table
 from actstore.storage import write_new
 
+from .seal_objects import PooledMerge, write_array_metadata
 from .unit import RunPlan, WrittenUnit, parquet_bytes
 
 KIND = "run"
@@ -57,27 +59,53 @@ class Committer:
         ]
         return self.log.commit(adds, txn=uuid.uuid4().hex).version
 
-    def seal(self, *, n_units: int) -> int:
-        """Declare the run complete: write each hook point's `zarr.json` and the run's statistics, then commit.
+    def seal(
+        self,
+        *,
+        n_units: int,
+        quarantined: Mapping[int, str] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Declare the run complete: write what belongs to the whole of it, then commit.
 
-        Idempotent; a run that is sealed already stays as it is.
+        That is each hook point's `zarr.json` (if dense rows are kept), the run's statistics, and the merged vectors of documents
+        that lie in several units. Idempotent; a run that is sealed already stays as it is. Reads the small objects of one unit at
+        a time.
+
+        Args:
+            n_units: Units of the tokenization.
+            quarantined: Those that are left out for good, each with the reason.
+            meta: What else the seal is to say of the run; JSON values.
 
         Raises:
-            ConflictError: units are missing, or a newer job has fenced this one off.
-            FormatError: a unit's statistics are missing or damaged.
+            ConflictError: units are missing that are not quarantined, or a newer job has fenced this one off.
+            FormatError: a unit's statistics or pooled vectors are missing or damaged.
             StorageError: the storage failed; nothing is lost, seal again.
         """
         state = self.log.latest()
         run = state.collection(KIND, self.plan.run)
         if run.is_sealed:
             return state.version
-        if len(run.units) != n_units:
+        left_out = {u: reason for u, reason in sorted((quarantined or {}).items()) if u not in run.units}
+        if len(run.units) + len(left_out) != n_units:
+            besides = f", besides {len(left_out)} that are left out," if left_out else ""
             raise ConflictError(
                 ErrorKind.COUNT_DIFFERS,
-                f"cannot seal run {self.plan.run!r} with {len(run.units)} of its {n_units} units: run the same ingest again "
-                "to compute the rest",
+                f"cannot seal run {self.plan.run!r} with {len(run.units)} of its {n_units} units{besides}: run the same ingest "
+                "again to compute the rest",
             )
-        objects = [*self._write_array_metadata(n_units), self._write_stats(run)]
+        objects = list(self._write_array_metadata(n_units, sorted(left_out)))
+        objects.append(self._write_stats(run))
+        objects += self._write_covariances(run)
+        said: dict[str, Any] = {**(meta or {}), "nonfinite": run.nonfinite}
+        if left_out:
+            said["quarantined"] = {str(u): reason for u, reason in left_out.items()}
+        if "pooled" in self.plan.keep:
+            tokenization = state.collection("tokenization", self.plan.tokenization)
+            units = [tokenization.units[u] for u in sorted(tokenization.units)]
+            merged = PooledMerge(self.log.storage, self.objects, self.plan)
+            objects += merged.write(run, units)
+            said["pooled"] = {"documents": merged.n_documents, "incomplete": merged.n_incomplete}
         seal = Seal(
             kind=KIND,
             id=self.plan.run,
@@ -85,27 +113,39 @@ class Committer:
             units=len(run.units),
             rows=run.rows,
             objects=tuple(objects),
-            meta={"nonfinite": run.nonfinite},
+            meta=said,
         )
         return self.log.commit([seal], txn=uuid.uuid4().hex).version
 
-    def _write_array_metadata(self, n_units: int) -> Iterable[StoredObject]:
-        for name, spec in self.plan.specs.items():
+    def _write_array_metadata(self, n_units: int, left_out: Sequence[int]) -> Iterable[StoredObject]:
+        for name, spec in self.plan.specs.items() if "dense" in self.plan.keep else ():
             attributes = {"run": self.plan.run, "hook_point": name, "fingerprint": self.plan.fingerprint}
-            n_shards = n_units * (self.plan.rows_per_unit // spec.rows_per_shard)
-            data = zarr_json(spec, n_shards=n_shards, attributes=attributes)
             key = f"runs/{self.plan.run}/{hook_point_folder(name)}/zarr.json"
-            yield write_new(self.log.storage, key, [data])
+            n_shards = n_units * self.plan.shards_per_unit(name)
+            yield write_array_metadata(
+                self.log.storage, key, spec, n_shards=n_shards, attributes=attributes, left_out=left_out
+            )
 
     def _write_stats(self, run: Collection) -> StoredObject:
-        totals: dict[str, HookPointStats] = {}
+        totals = {name: empty_stats(name, spec.d_model) for name, spec in self.plan.specs.items()}
         for u in sorted(run.units):
             obj = next(o for o in run.units[u].objects if is_stats_key(self.plan.run, o.key))
-            for name, stats in stats_from_table(self.objects.table(obj)).items():
-                totals[name] = merge_stats(totals[name], stats) if name in totals else stats
-        table = stats_to_table(totals[name] for name in self.plan.specs)
+            for name, stats in stats_from_table(self.objects.table(obj), list(totals)).items():
+                totals[name] = merge_stats(totals[name], stats)
+        table = stats_to_table(totals.values())
         key = f"runs/{self.plan.run}/stats/all-{uuid.uuid4().hex}.parquet"
         return write_new(self.log.storage, key, [parquet_bytes(table)])
+
+    def _write_covariances(self, run: Collection) -> Iterable[StoredObject]:
+        if not self.plan.covariance:
+            return
+        for name in self.plan.specs:
+            found = (o for u in sorted(run.units) for o in run.units[u].objects)
+            parts = [o for o in found if is_covariance_key(self.plan.run, name, o.key)]
+            if parts:
+                merged = merge_covariances(self.objects.read(o) for o in parts)
+                key = covariance_key(self.plan.run, name, f"all-{uuid.uuid4().hex}")
+                yield write_new(self.log.storage, key, [merged])
 
 
 def take_over(log: CommitLog, run: str) -> int:

@@ -1,6 +1,8 @@
 """What does the user ask of an ingest, and what of it shapes the stored numbers?"""
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,70 +140,142 @@ class IngestConfig:
     commit_interval_s: float = 5.0
     """Finished units wait at most this long for their commit: what a crash can cost to redo."""
 
-    def check(self) -> "IngestConfig":
-        """Return the configuration with spellings normalised.
+    retry_s: float = 120.0
+    """Seconds for which a storage that fails (commits, or all units) is tried again before the job gives up."""
+
+    start_timeout_s: float = 900.0
+    """Seconds for which Ray workers may wait for a place in the cluster; an autoscaler needs minutes."""
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str]) -> "IngestConfig":
+        """Return the configuration that a TOML file holds; see `actstore.ingest.config_file`.
 
         Raises:
-            InvalidInputError: a value that cannot work, whatever the store and the model.
+            NotFoundError: no such file.
+            InvalidInputError: not TOML, an unknown key, a value of another type, or a field without default left out.
+        """
+        from .config_file import make_config, read_config_file
+
+        return make_config(read_config_file(path).settings)
+
+    def to_toml(self, *, store: str | None = None) -> str:
+        """Return the TOML that `from_toml` reads as this configuration: fields that are not the default, and `store`.
+
+        >>> print(IngestConfig("news", "gpt2", ["embed"], "gpt2@news", workers=2, ray_address=None).to_toml())
+        corpus = "news"
+        model = "gpt2"
+        hook_points = ["embed"]
+        run = "gpt2@news"
+        workers = 2
+        ray_address = "none"
+        <BLANKLINE>
+        """
+        from .config_file import config_toml
+
+        return config_toml(self, store=store)
+
+    def check(self) -> "IngestConfig":
+        """Return the configuration once all its values can work, whatever the store and the model.
+
+        Raises:
+            InvalidInputError: a value that cannot work, or two that cannot work together; the message names the field.
         """
         check_name(self.run, what="run name")
         check_name(self.corpus, what="corpus name")
-        hook_points = self.hook_points
-        if isinstance(hook_points, str) or not isinstance(hook_points, Sequence) or not hook_points:
-            raise _bad("hook_points", hook_points, "a non-empty list of hook points")
-        for field, names in (("dtype", [*DTYPES, "int8"]), ("compute_dtype", [*DTYPES])):
+        self._check_text()
+        self._check_numbers()
+        self._check_lists()
+        self._check_together()
+        return self
+
+    def _check_text(self) -> None:
+        for field, known in (
+            ("dtype", ["auto", *DTYPES, "int8"]),
+            ("compute_dtype", ["auto", *DTYPES]),
+            ("codec", CODECS),
+            ("nonfinite", POLICIES),
+        ):
             value = getattr(self, field)
-            if value != "auto" and value not in names:
-                raise _bad(field, value, f"one of auto, {', '.join(names)}")
-        for field, known in (("keep", KEEPS), ("poolings", POOLINGS)):
+            if not isinstance(value, str) or value not in known:
+                raise _bad(field, value, f"one of {', '.join(known)}")
+        for field in ("model", "device"):
+            if not isinstance(getattr(self, field), str) or not getattr(self, field):
+                raise _bad(field, getattr(self, field), "text")
+        for field in ("tokenizer", "revision", "attn_implementation", "device_map", "ray_address"):
             value = getattr(self, field)
-            if (
-                isinstance(value, str)
-                or not isinstance(value, Sequence)
-                or not value
-                or set(value) - set(known)
-            ):
-                raise _bad(field, value, f"a list of {', '.join(known)}")
-        for field, low in (("sample", 0.0), ("self_check", -1.0)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= 1:
-                raise _bad(
-                    field, value, "a share above 0 and at most 1" if low == 0 else "a share from 0 to 1"
-                )
-        if self.self_check < 0:
-            raise _bad("self_check", self.self_check, "a share from 0 to 1")
-        if self.codec not in CODECS:
-            raise _bad("codec", self.codec, f"one of {', '.join(CODECS)}")
-        if self.nonfinite not in POLICIES:
-            raise _bad("nonfinite", self.nonfinite, f"one of {', '.join(POLICIES)}")
+            if value is not None and (not isinstance(value, str) or not value):
+                raise _bad(field, value, "text, or left out")
+        for field in ("covariance", "pool_special", "compile"):
+            if not isinstance(getattr(self, field), bool):
+                raise _bad(field, getattr(self, field), "true or false")
+
+    def _check_numbers(self) -> None:
         for field in ("workers", "min_workers", "batch_tokens", "max_attempts", "commit_units"):
             check_whole(getattr(self, field), what=field, least=1)
-        for field in ("seed", "allow_failed"):
+        for field in ("seed", "allow_failed", "overlap"):
             check_whole(getattr(self, field), what=field, least=0)
         if self.gpus_per_worker is not None:
             check_whole(self.gpus_per_worker, what="gpus_per_worker", least=0)
         if self.window is not None:
             check_whole(self.window, what="window", least=2)
-        check_whole(self.overlap, what="overlap", least=0)
         if self.rows_per_unit != "auto":
             check_whole(self.rows_per_unit, what="rows_per_unit", least=1)
-        if not isinstance(self.commit_interval_s, int | float) or not self.commit_interval_s >= 0:
-            raise _bad("commit_interval_s", self.commit_interval_s, "seconds of 0 or more")
-        for field in (
-            "model",
-            "tokenizer",
-            "revision",
-            "device",
-            "attn_implementation",
-            "device_map",
-            "ray_address",
-        ):
+        shares = "a share above 0 and at most 1", "a share from 0 to 1"
+        self._check_number("sample", shares[0], lambda x: 0 < x <= 1)
+        self._check_number("self_check", shares[1], lambda x: 0 <= x <= 1)
+        self._check_number("straggler_factor", "0 for never, or a number above 1", lambda x: x == 0 or x > 1)
+        for field in ("commit_interval_s", "retry_s", "start_timeout_s"):
+            self._check_number(field, "seconds of 0 or more", lambda x: x >= 0)
+
+    def _check_number(self, field: str, expected: str, holds: Callable[[float], bool]) -> None:
+        value = getattr(self, field)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not holds(value):
+            raise _bad(field, value, expected)
+
+    def _check_lists(self) -> None:
+        for field, known in (("hook_points", None), ("keep", KEEPS), ("poolings", POOLINGS)):
             value = getattr(self, field)
-            if not isinstance(value, str) and (value is not None or field in ("model", "device")):
-                raise _bad(field, value, "text")
+            texts = not isinstance(value, str) and isinstance(value, Sequence) and len(value) > 0
+            if not texts or not all(
+                isinstance(v, str) and v and (known is None or v in known) for v in value
+            ):
+                expected = (
+                    "a non-empty list of hook points" if known is None else f"a list of {', '.join(known)}"
+                )
+                raise _bad(field, value, expected)
+            if known is not None and len(set(value)) < len(value):
+                raise _bad(field, value, f"a list of {', '.join(known)}, each once")
+
+    def _check_together(self) -> None:
         if self.ray_address is None and self.workers > 1:
             raise _bad("workers", self.workers, "1 without Ray: drop --no-ray to use more")
-        return self
+        if self.min_workers > self.workers:
+            raise _bad("min_workers", self.min_workers, f"at most workers, which is {self.workers}")
+        if "pooled" not in self.keep:
+            why = "left out where nothing is pooled: add pooled to keep"
+            if set(self.poolings) != set(POOLINGS):
+                raise _bad("poolings", self.poolings, why)
+            if self.pool_special:
+                raise _bad("pool_special", self.pool_special, why)
+        if "dense" not in self.keep:
+            for field, default in (("sample", 1.0), ("covariance", False), ("codec", "hot")):
+                if getattr(self, field) != default:
+                    raise _bad(
+                        field,
+                        getattr(self, field),
+                        f"{default} where no dense rows are kept: add dense to keep",
+                    )
+            if self.dtype == "int8":
+                raise _bad(
+                    "dtype",
+                    self.dtype,
+                    "a floating-point type where no dense rows are kept: add dense to keep",
+                )
+        if self.dtype == "int8" and self.codec == "cold":
+            raise _bad("codec", self.codec, "hot or lz4 with dtype int8, which zstd barely shrinks")
+        if self.device_map is not None and self.device != "auto":
+            raise _bad("device", self.device, "auto with device_map, which places the model itself")
 
 
 def _bad(field: str, value: object, expected: str) -> InvalidInputError:

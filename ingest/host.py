@@ -4,17 +4,27 @@ A `ModelHost` is a plain object; the Ray backend makes an actor of it, the local
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
+from actstore.dtypes import FLOAT_DTYPES, stored_dtype
 from actstore.store import Store, open_store
 
+from .calibrate import Moments, measure_moments
 from .capture import Capturer
+from .check_documents import check_documents
+from .check_rows import DocumentCheck
 from .config import DTYPES, IngestConfig
 from .models import load_model
+from .probe import Probe, run_probe
 from .self_test import self_test
 from .unit import Rows, RunPlan, UnitWriter, WrittenUnit
+
+_LOGICAL = {stored_dtype(name): name for name in FLOAT_DTYPES}
+"""Numpy's type of an array to fill, to the type that it stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,10 @@ class ModelDescription:
     """Token ids must be below this."""
     equal_lengths: bool = False
     """Whether batches hold windows of one length only, as padding is not invisible to this model."""
+    compile: bool = False
+    """Whether it computes through torch.compile."""
+    heads: Mapping[str, int] = field(default_factory=dict)
+    """Hook point to number of attention heads, for those whose columns are heads side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,7 @@ class ModelHost:
         self._capturer: Capturer | None = None
         self._description: ModelDescription | None = None
         self._bound: tuple[tuple[str, RunPlan], UnitWriter] | None = None
+        self._stop = threading.Event()
 
     def describe(self) -> ModelDescription:
         """Load the model, find the hook points, and prove on a probe batch that they are captured rightly.
@@ -86,6 +101,35 @@ class ModelHost:
         """Do the same with store and plan as one argument, which Ray keeps once per machine."""
         return self._writer(job.url, job.plan, job.open_store).run_unit(unit)
 
+    def stop(self) -> None:
+        """Have units that are being computed end before their next batch with a StorageError INTERRUPTED, and all later ones."""
+        self._stop.set()
+
+    def resume(self) -> None:
+        """Compute units again after `stop`."""
+        self._stop.clear()
+
+    def calibrate(self, token_ids: Rows, window_starts: Rows) -> dict[str, Moments]:
+        """Return mean and standard deviation of every hook point's channels; see `calibrate.measure_moments`."""
+        self.describe()
+        assert self._capturer is not None
+        with self._lock:
+            return measure_moments(self._capturer, token_ids, window_starts)
+
+    def probe(self, plan: RunPlan, config: Mapping[str, Any], tokens: pa.Table, seconds: float) -> Probe:
+        """Return how long a part of a unit takes, and what memory; stores nothing. See `probe.run_probe`."""
+        self.describe()
+        assert self._capturer is not None
+        with self._lock:
+            return run_probe(self._capturer, self._capture(), plan, config, tokens, seconds=seconds)
+
+    def check_documents(self, store: Store, run: str, documents: Sequence[int]) -> list[DocumentCheck]:
+        """Return how far stored documents are from what the model computes on them alone; see `check_documents`."""
+        self.describe()
+        assert self._capturer is not None
+        with self._lock:
+            return check_documents(self._capturer.loaded, store, run, documents)
+
     def _writer(self, url: str, plan: RunPlan, open_: Callable[[], Store]) -> UnitWriter:
         self.describe()
         with self._lock:
@@ -93,7 +137,7 @@ class ModelHost:
             if self._bound is None or self._bound[0] != (url, plan):
                 store = open_()
                 tokenization = store.tokenization(plan.tokenization)
-                writer = UnitWriter(store.storage, tokenization, plan, self._capture_for(plan))
+                writer = UnitWriter(store.storage, tokenization, plan, self._capture())
                 self._bound = (url, plan), writer
             return self._bound[1]
 
@@ -109,6 +153,9 @@ class ModelHost:
             dtype=DTYPES.get(config.compute_dtype, "auto"),
             device=config.device,
             attn_implementation=config.attn_implementation,
+            compile=config.compile,
+            device_map=config.device_map,
+            hook_points=list(config.hook_points),
         )
         names = loaded.map.resolve(list(config.hook_points))
         report = self_test(loaded, names)
@@ -121,12 +168,13 @@ class ModelHost:
             context=loaded.context_length,
             vocab_size=loaded.vocab_size,
             equal_lengths=report.equal_lengths,
+            compile=config.compile,
+            heads=dict(self._capturer.heads),
         )
 
-    def _capture_for(self, plan: RunPlan) -> "_BoundCapture":
+    def _capture(self) -> "_BoundCapture":
         assert self._capturer is not None
-        stored = next(iter(plan.specs.values())).dtype
-        return _BoundCapture(self._capturer, stored_dtype=stored, batch_tokens=self._config.batch_tokens)
+        return _BoundCapture(self._capturer, self._config.batch_tokens, self._stop.is_set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +182,19 @@ class _BoundCapture:
     """A capturer with a run's settings: what `UnitWriter` calls."""
 
     capturer: Capturer
-    stored_dtype: str
     batch_tokens: int
+    should_stop: Callable[[], bool]
 
-    def __call__(self, token_ids: Rows, window_starts: Rows, out: Mapping[str, Rows]) -> None:
+    def __call__(self, token_ids: Rows, window_starts: Rows, out: Mapping[str, Rows]) -> int:
+        """Capture a unit, and return how many of its tokens went through the model."""
+        seen: list[int] = []
         self.capturer.capture_unit(
-            token_ids, window_starts, out, batch_tokens=self.batch_tokens, stored_dtype=self.stored_dtype
+            token_ids,
+            window_starts,
+            out,
+            batch_tokens=self.batch_tokens,
+            stored_dtype=_LOGICAL[next(iter(out.values())).dtype],
+            should_stop=self.should_stop,
+            on_batch=seen.append,
         )
+        return sum(seen)

@@ -6,19 +6,15 @@ there it is sealed. Each step can be repeated: running the same configuration ag
 nothing that is.
 """
 
-import contextlib
 import os
 import platform
-import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import actstore
-from actstore.codec.spec import ShardSpec, plan_spec
 from actstore.errors import ConflictError, ErrorKind, InvalidInputError
 from actstore.log import fingerprint
 from actstore.log.values import Collection, Create
@@ -26,42 +22,24 @@ from actstore.store import Store, open_store
 from actstore.tokenization import Tokenization
 
 from .backend import Backend, open_backend
-from .batches import BATCH_PLAN_VERSION
 from .committer import KIND, Committer, take_over
-from .config import DTYPES, IngestConfig, config_differences
+from .config import IngestConfig, config_differences
+from .cost import check_run_room
+from .events import Collector, JobEvents, ray_sinks
+from .flow import Counters, Outcome, Progress
 from .host import ModelDescription
-from .scheduler import Counters, Progress, Scheduler
+from .report import IngestReport as IngestReport
+from .report import failure_error, make_report, nothing_succeeded, with_documents
+from .run_plan import dtype_to_store, make_plan
+from .run_plan import run_config as run_config
+from .scheduler import Limits, Scheduler
+from .signals import stop_on_signals
 from .tokenizing import tokenize_corpus
 from .unit import RunPlan, WrittenUnit
 
 _MAX_WINDOW = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class IngestReport:
-    """What an ingest did."""
-
-    run: str
-    version: int
-    is_complete: bool
-    """False when the job was stopped before its end; run the same again to go on."""
-    n_units: int
-    """Units the run has now."""
-    n_units_planned: int
-    n_rows: int
-    nbytes: int
-    """Stored bytes of the run."""
-    nonfinite: int
-    rows_this_job: int
-    units_this_job: int
-    retries: int
-    elapsed_s: float
-    """Time spent on units: loading the model and tokenizing not counted."""
-
-    @property
-    def rows_per_s(self) -> float:
-        """Token rows computed and committed per second by this job."""
-        return self.rows_this_job / self.elapsed_s if self.elapsed_s else 0.0
+_BACKLOG_BATCHES = 4
+"""Batches that may be written and not committed before no unit is started any more."""
 
 
 def run_ingest(
@@ -72,6 +50,7 @@ def run_ingest(
     notice: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
     backend: Backend | None = None,
+    collector: Collector | None = None,
 ) -> IngestReport:
     """Ingest a run, or finish one that was begun; idempotent.
 
@@ -83,39 +62,43 @@ def run_ingest(
         config: What to do.
         progress: Called after every commit.
         notice: Called with a line of text as each step begins.
-        stop: When set, no new unit is begun, those running are finished and committed, and the report says so. Once units
-            run, SIGINT and SIGTERM do the same when this is called in the main thread; a second SIGINT interrupts.
+        stop: When set, no new unit is begun, those running are finished (within 25 s) and committed, and the report says
+            so. Once units run, SIGINT and SIGTERM do the same when this is called in the main thread; a second SIGINT
+            interrupts.
         backend: Where the model runs, closed at the end; None for what `config.ray_address` says.
+        collector: Keeps the numbers of `actstore.ingest.events`.
 
     Returns:
         What was done. `store`, if it was a `Store`, is moved to the new version.
 
     Raises:
         NotFoundError: no such corpus, model or hook point.
-        InvalidInputError: a setting that cannot work, or activations that are not finite.
+        InvalidInputError: a setting that cannot work, or activations that are not finite in more units than
+            `allow_failed`; all other units are committed.
         ConflictError: a run of that name exists with another configuration (the difference is shown), or a newer job has
             taken the run over.
         StorageError: the storage or the workers failed; run the same again.
     """
     config = config.check()
-    say = notice or (lambda _: None)
+    events = JobEvents(config.run, notice=notice or (lambda _: None), collector=collector)
     stop = stop or threading.Event()
     if not isinstance(store, Store):
         store = open_store(store)
     store.refresh().corpus(config.corpus)
-    say(f"loading {config.model}")
-    backend = backend or open_backend(config, store)
+    events.say(f"loading {config.model}")
+    backend = backend or open_backend(config, store, events=events)
     try:
+        events.export(ray_sinks())
         model = backend.describe()
-        _stored_dtype(config, model)  # refused before the corpus is tokenized
-        tokenization = _tokenize(store, config, model, say)
-        collection = _create_or_find(store, config, model, tokenization)
+        dtype_to_store(config, model)  # refused before the corpus is tokenized
+        tokenization = _tokenize(store, config, model, events.say)
+        collection = _create_or_find(store, config, backend, model, tokenization, events.say)
         if collection.is_sealed:
-            say(f"run {config.run} is complete already")
-            return _report(store, config.run, Counters(), 0, 0.0)
+            events.say(f"run {config.run} is complete already")
+            return make_report(store, config.run, events=events)
         # Only now: before, there is no unit to wait for, and an interrupt should end loading or tokenizing at once.
-        with _stop_on_signals(stop):
-            return _run_units(store, config, backend, collection, progress, say, stop)
+        with stop_on_signals(stop, events.say):
+            return _run_units(store, config, backend, collection, progress, events, stop)
     finally:
         backend.close()
 
@@ -149,61 +132,18 @@ def _tokenize(
     return tokenization
 
 
-def _stored_dtype(config: IngestConfig, model: ModelDescription) -> str:
-    stored = model.compute_dtype if config.dtype == "auto" else DTYPES[config.dtype]
-    if config.codec == "cold" and stored != "bfloat16":
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"codec 'cold' is for bfloat16 and would barely shrink {stored}: store bf16, or use hot or lz4",
-        )
-    return stored
-
-
-def run_config(
-    config: IngestConfig, model: ModelDescription, tokenization: Tokenization
-) -> tuple[dict[str, Any], dict[str, ShardSpec]]:
-    """Return what shapes the run's numbers, as stored and fingerprinted, and the shard layout by hook point."""
-    stored = _stored_dtype(config, model)
-    specs = {
-        name: plan_spec(
-            rows_per_unit=tokenization.rows_per_unit, d_model=width, dtype=stored, codec=config.codec
-        )
-        for name, width in model.hook_points
-    }
-    return {
-        "format": 1,
-        "model": dict(model.fingerprint),
-        "tokenization": tokenization.id,
-        "tokenization_fingerprint": tokenization.collection.fingerprint,
-        "rows_per_unit": tokenization.rows_per_unit,
-        "hook_points": [{"name": name, "d_model": width} for name, width in model.hook_points],
-        "dtype": stored,
-        "compute_dtype": model.compute_dtype,
-        "codec": config.codec,
-        "rows_per_shard": {name: spec.rows_per_shard for name, spec in specs.items()},
-        "rows_per_chunk": {name: spec.rows_per_chunk for name, spec in specs.items()},
-        "batch_tokens": config.batch_tokens,
-        "batch_plan": BATCH_PLAN_VERSION,
-        "equal_lengths": model.equal_lengths,
-        "attn_implementation": model.attn_implementation,
-        "nonfinite": config.nonfinite,
-    }, specs
-
-
 def _create_or_find(
-    store: Store, config: IngestConfig, model: ModelDescription, tokenization: Tokenization
+    store: Store,
+    config: IngestConfig,
+    backend: Backend,
+    model: ModelDescription,
+    tokenization: Tokenization,
+    say: Callable[[str], None],
 ) -> Collection:
-    wanted, _ = run_config(config, model, tokenization)
     existing = store.state.collections.get((KIND, config.run))
     if existing is None:
-        info = {
-            # A folder is to be found again from wherever a text is asked about.
-            "model_source": os.path.abspath(config.model) if os.path.isdir(config.model) else config.model,
-            "tokenizer_source": config.tokenizer or config.model,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "host": platform.node(),
-            "actstore": actstore.__version__,
-        }
+        wanted, _ = run_config(config, model, tokenization)
+        info = _run_info(store, config, backend, model, tokenization, say)
         try:
             store.log.commit([Create(KIND, config.run, wanted, info)], txn=uuid.uuid4().hex)
         except ConflictError:
@@ -211,6 +151,7 @@ def _create_or_find(
             if (KIND, config.run) not in store.refresh().state.collections:
                 raise
         existing = store.refresh().state.collection(KIND, config.run)
+    wanted, _ = run_config(config, model, tokenization, existing=existing.config)
     if existing.fingerprint != fingerprint(wanted):
         lines = "\n  ".join(config_differences(existing.config, wanted))
         raise ConflictError(
@@ -221,117 +162,147 @@ def _create_or_find(
     return existing
 
 
+def _run_info(
+    store: Store,
+    config: IngestConfig,
+    backend: Backend,
+    model: ModelDescription,
+    tokenization: Tokenization,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return what is fixed with a new run and not part of what two runs are compared by."""
+    info: dict[str, Any] = {
+        # A folder is to be found again from wherever a text is asked about.
+        "model_source": os.path.abspath(config.model) if os.path.isdir(config.model) else config.model,
+        "tokenizer_source": config.tokenizer or config.model,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "actstore": actstore.__version__,
+    }
+    if config.dtype == "int8" and "dense" in config.keep:
+        from .calibrate import calibrate
+
+        say("measuring the channels for int8")
+        transforms = calibrate(backend, store, tokenization, model, config)
+        info["int8"] = {name: transform.to_json() for name, transform in transforms.items()}
+    return info
+
+
 def _run_units(
     store: Store,
     config: IngestConfig,
     backend: Backend,
     collection: Collection,
     progress: Callable[[Progress], None] | None,
-    say: Callable[[str], None],
+    events: JobEvents,
     stop: threading.Event,
 ) -> IngestReport:
     tokenization = store.tokenization(collection.config["tokenization"])
-    specs = {
-        h["name"]: _spec(collection, h["name"], int(h["d_model"])) for h in collection.config["hook_points"]
-    }
-    plan = RunPlan(
-        run=config.run,
-        fingerprint=collection.fingerprint,
-        epoch=take_over(store.log, config.run),
-        tokenization=tokenization.id,
-        specs=specs,
-        rows_per_unit=tokenization.rows_per_unit,
-        nonfinite=config.nonfinite,
-    )
+    plan = make_plan(collection, epoch=take_over(store.log, config.run))
     run = store.refresh().state.collection(KIND, config.run)
-    units = [u.unit for u in tokenization.units]
-    pending = [u for u in units if u not in run.units]
-    say(f"computing {len(pending)} of {len(units)} units of {config.run}")
+    units = tokenization.collection.units
+    pending = [unit for unit in sorted(units) if unit not in run.units]
+    check_run_room(store, plan, tokenization, pending)
+    events.say(f"computing {len(pending)} of {len(units)} units of {config.run}")
+    events.log("begun", epoch=plan.epoch, units=len(units), pending=len(pending))
     started = time.monotonic()
-    tally = {"units": len(run.units), "rows": run.rows, "new_rows": 0}
+    rows_before = tokenization.n_rows - sum(units[u].rows for u in pending)
 
-    def on_commit(batch: Sequence[WrittenUnit], counters: Counters) -> None:
-        rows = sum(u.rows for u in batch)
-        tally["units"] += len(batch)
-        tally["rows"] += rows
-        tally["new_rows"] += rows
+    def on_commit(_: Sequence[WrittenUnit], counters: Counters) -> None:
         if progress is not None:
             progress(
                 Progress(
-                    units_done=tally["units"],
+                    units_done=len(units) - len(pending) + counters.committed,
                     units_total=len(units),
-                    rows_done=tally["rows"],
+                    rows_done=rows_before + counters.rows_committed,
                     rows_total=tokenization.n_rows,
-                    rows_this_job=tally["new_rows"],
+                    rows_this_job=counters.rows_committed,
                     elapsed_s=time.monotonic() - started,
                     retries=counters.retries,
+                    failed=counters.failed,
                 )
             )
 
     scheduler = Scheduler(
         backend.start(store, plan),
         backend.commit,
+        rows_of=lambda unit: units[unit].rows,
+        limits=_limits(config),
+        stop=stop,
+        on_commit=on_commit,
+        events=events,
+    )
+    outcome = scheduler.run(pending)
+    elapsed = time.monotonic() - started
+    if outcome.failed:
+        outcome = Outcome(outcome.counters, with_documents(tokenization, outcome.failed), outcome.stopped)
+    if not outcome.stopped and not stop.is_set():
+        _finish(store, config, backend, plan, outcome, n_units=len(units), events=events, stop=stop)
+    events.log("ended", committed=outcome.counters.committed, failed=outcome.counters.failed,
+               abandoned=outcome.counters.abandoned, seconds=round(elapsed, 1))  # fmt: skip
+    return make_report(store, config.run, outcome=outcome, events=events, elapsed_s=elapsed)
+
+
+def _limits(config: IngestConfig) -> Limits:
+    return Limits(
         max_attempts=config.max_attempts,
         commit_units=config.commit_units,
         commit_interval_s=config.commit_interval_s,
-        stop=stop,
-        on_commit=on_commit,
-    )
-    counters = scheduler.run(pending)
-    elapsed = time.monotonic() - started
-    if not counters.abandoned:
-        Committer(store.log, store.objects, plan).seal(n_units=len(units))
-    return _report(store, config.run, counters, tally["new_rows"], elapsed)
-
-
-def _spec(collection: Collection, name: str, width: int) -> ShardSpec:
-    config = collection.config
-    return ShardSpec(
-        rows_per_shard=int(config["rows_per_shard"][name]),
-        rows_per_chunk=int(config["rows_per_chunk"][name]),
-        d_model=width,
-        dtype=config["dtype"],
-        codec=config["codec"],
+        backlog_units=_BACKLOG_BATCHES * config.commit_units,
+        retry_s=config.retry_s,
+        straggler_factor=config.straggler_factor,
+        failed_kept=max(100, config.allow_failed),
     )
 
 
-def _report(store: Store, run: str, counters: Counters, new_rows: int, elapsed_s: float) -> IngestReport:
-    collection = store.refresh().state.collection(KIND, run)
-    tokenization = store.tokenization(collection.config["tokenization"])
-    return IngestReport(
-        run=run,
-        version=store.version,
-        is_complete=collection.is_sealed,
-        n_units=len(collection.units),
-        n_units_planned=len(tokenization.units),
-        n_rows=collection.rows,
-        nbytes=collection.nbytes,
-        nonfinite=collection.nonfinite,
-        rows_this_job=new_rows,
-        units_this_job=counters.committed,
-        retries=counters.retries,
-        elapsed_s=elapsed_s,
-    )
+def _finish(
+    store: Store,
+    config: IngestConfig,
+    backend: Backend,
+    plan: RunPlan,
+    outcome: Outcome,
+    *,
+    n_units: int,
+    events: JobEvents,
+    stop: threading.Event,
+) -> None:
+    """Check and seal the run, without the units that failed if so many may; leave it open if the job is stopped."""
+    if outcome.counters.failed > config.allow_failed:
+        raise failure_error(config.run, outcome, config.allow_failed)
+    if outcome.failed and outcome.counters.failed == n_units:
+        raise nothing_succeeded(config.run, outcome)
+    meta: dict[str, Any] = {}
+    if config.self_check > 0:
+        from .self_check import check_run
+
+        events.say("checking documents of the run against plain transformers")
+        try:
+            stoppable = _StopBetweenCalls(backend, stop)
+            meta["self_check"] = check_run(
+                stoppable, store, config.run, config.self_check, config.seed, events.say
+            )
+        except _StoppedError:
+            return
+    quarantined = {failed.unit: failed.reason for failed in outcome.failed}
+    Committer(store.log, store.objects, plan).seal(n_units=n_units, quarantined=quarantined, meta=meta)
+    events.log("sealed", units=n_units - len(quarantined), quarantined=len(quarantined))
 
 
-@contextlib.contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on the first SIGINT or SIGTERM; a second SIGINT interrupts as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {}
+class _StoppedError(Exception):
+    """The job was asked to stop between two calls to a worker."""
 
-    def handle(number: int, _frame: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            # None: not installed from Python, and not to be had back from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+class _StopBetweenCalls:
+    """A backend whose calls end the job's last step once it is asked to stop."""
+
+    def __init__(self, backend: Backend, stop: threading.Event) -> None:
+        self._backend = backend
+        self._stop = stop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def call(self, method: str, *args: Any) -> Any:
+        if self._stop.is_set():
+            raise _StoppedError
+        return self._backend.call(method, *args)

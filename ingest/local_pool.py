@@ -4,49 +4,113 @@ Two threads: while one unit is encoded and written, the next is computed. Comput
 holds a lock), so memory is two units' rows.
 """
 
+import queue
+import threading
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from .scheduler import Completion
+from .flow import Completion
 from .unit import WrittenUnit
+
+_JOIN_S = 5.0
+"""Longest wait for a thread that was told to stop: between two batches it looks."""
 
 
 class LocalPool:
     """Runs units by `run_unit` on threads of this process."""
 
-    def __init__(self, run_unit: Callable[[int], WrittenUnit], *, threads: int = 2) -> None:
+    def __init__(
+        self,
+        run_unit: Callable[[int], WrittenUnit],
+        *,
+        threads: int = 2,
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            run_unit: Computes and stores a unit.
+            threads: Units at once.
+            interrupt: Called, at most once, when what runs is to end soon and its result is not wanted.
+        """
         self._run_unit = run_unit
-        self._threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="actstore-unit")
-        self._futures: dict[Future[WrittenUnit], int] = {}
+        self._interrupt = interrupt
+        self._todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+        self._in_flight = 0
+        self._closed = False
+        # Daemons: a unit whose write hangs must not keep a process alive that was told to end.
+        self._threads = [
+            threading.Thread(target=self._work, name=f"actstore-unit-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def capacity(self) -> int:
         """As many as there are threads: what is submitted runs at once."""
-        return self._threads
+        return len(self._threads)
+
+    @property
+    def n_workers(self) -> int:
+        """One: the threads share a model."""
+        return 1
 
     def submit(self, unit: int) -> None:
         """Start a unit."""
-        self._futures[self._executor.submit(self._run_unit, unit)] = unit
+        self._in_flight += 1
+        self._todo.put(unit)
+
+    def submit_copy(self, unit: int) -> bool:  # noqa: ARG002
+        """Never: there is no other worker."""
+        return False
 
     def wait(self, timeout_s: float) -> Sequence[Completion]:
         """Return the units that ended."""
-        done, _ = wait(self._futures, timeout=timeout_s, return_when=FIRST_COMPLETED)
-        return [_completion(self._futures.pop(future), future) for future in done]
+        ended: list[Completion] = []
+        while len(ended) < self._in_flight:
+            try:
+                ended.append(self._done.get(timeout=timeout_s) if not ended else self._done.get_nowait())
+            except queue.Empty:
+                break
+        self._in_flight -= len(ended)
+        return ended
+
+    def abandon(self) -> None:
+        """Have running units end at their next batch."""
+        if not self._closed:
+            self._closed = True
+            if self._in_flight:
+                self._interrupt()
+            while True:  # what has not begun never will
+                try:
+                    self._todo.get_nowait()
+                except queue.Empty:
+                    break
+            for _ in self._threads:
+                self._todo.put(None)
 
     def close(self) -> None:
-        """Let running units end, start no more."""
-        self._executor.shutdown(cancel_futures=True)
+        """Interrupt what runs, start no more, wait a moment for the threads to end."""
+        self.abandon()
+        for thread in self._threads:
+            thread.join(_JOIN_S)
+
+    def _work(self) -> None:
+        while (unit := self._todo.get()) is not None:
+            try:
+                done = Completion(unit, written=self._run_unit(unit))
+            except BaseException as error:  # noqa: BLE001  (the scheduler decides what becomes of it)
+                _clear_frames(error)
+                done = Completion(unit, error=error)
+            self._done.put(done)
+            del done
 
 
-def _completion(unit: int, future: Future[WrittenUnit]) -> Completion:
-    error = future.exception()
-    if error is None:
-        return Completion(unit, written=future.result())
-    # The frames of a failed unit hold its rows, on the model's device too: the next try may need that memory.
+def _clear_frames(error: BaseException) -> None:
+    """Drop the rows that the frames of a failed unit hold, on the model's device too: the next try may need that memory."""
     cause: BaseException | None = error
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
-    return Completion(unit, error=error)

@@ -1,16 +1,17 @@
 """What does one unit of a run become in the store, and is what is stored right?
 
-`UnitWriter` turns the rows of one unit into stored objects: it reads the unit's tokens, has them captured, counts what is
-not finite, encodes and writes one shard (or a few) per hook point and the unit's statistics, and returns what a commit
-needs. It is idempotent: shard keys are fixed, created if absent, and a shard that an earlier attempt left behind is
-adopted once its content has been checked (FORMAT.md, section 5). Nothing here makes anything visible; the commit does.
+`UnitWriter` turns the rows of one unit into stored objects: it reads the unit's tokens, has them captured, checks what is
+not finite, pools documents, encodes and writes one shard (or a few) per hook point and the unit's statistics, and returns
+what a commit needs. It is idempotent: shard keys are fixed, created if absent, and a shard that an earlier attempt left
+behind is adopted once its content has been checked (FORMAT.md, section 3). Nothing here makes anything visible; the commit does.
 """
 
-import hashlib
 import threading
+import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,30 +19,38 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actstore.codec.decode import decode_shard
-from actstore.codec.encode import encode_shard
+from actstore.codec.layout import shard_key, sums_key
 from actstore.codec.spec import ShardSpec
-from actstore.codec.sums import Sums, pack_sums, sums_of
-from actstore.dtypes import stored_dtype, to_float32
-from actstore.errors import ConflictError, ErrorKind, FormatError, InvalidInputError
+from actstore.codec.sums import Sums, pack_sums
+from actstore.covariance import covariance_key
+from actstore.dtypes import count_nonfinite, stored_dtype
+from actstore.errors import ErrorKind, InvalidInputError
 from actstore.int8 import Int8Transform
 from actstore.log.values import StoredObject
-from actstore.names import hook_point_folder
-from actstore.stats import HookPointStats, block_stats, empty_stats, merge_stats, stats_to_table
+from actstore.sampling import kept_offsets
+from actstore.stats import HookPointStats, stats_to_table
 from actstore.storage import Storage, write_new
 from actstore.tokenization import Tokenization
 
+from .pooling import POOLING_COLUMNS, Mask, finite_rows
+from .shards import Offsets, StoredRows, store_rows
+from .unit_pooled import UnitPooling, unit_pooling
+from .unit_stats import unit_covariance, unit_stats
+
 Rows = npt.NDArray[Any]
 
-_STATS_ROWS = 4096
-"""Rows widened to float32 at a time: 12 MiB at 768 dimensions."""
+_TOKEN_COLUMNS = ("row", "token_id", *POOLING_COLUMNS)
 
 
 class CaptureUnit(Protocol):
     """Fills `out` with the activations of one unit; `actstore.ingest.capture` has the real one."""
 
-    def __call__(self, token_ids: Rows, window_starts: Rows, out: Mapping[str, Rows]) -> None:
-        """Compute rows for `token_ids` (n,), cut into windows at `window_starts` (n_windows + 1,)."""
+    def __call__(self, token_ids: Rows, window_starts: Rows, out: Mapping[str, Rows]) -> int | None:
+        """Compute rows for `token_ids` (n,), cut into windows at `window_starts` (n_windows + 1,).
+
+        Returns:
+            How many of them went through the model, counted on the way; None where that is not counted.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,20 @@ class RunPlan:
     int8: Mapping[str, Int8Transform] | None = None
     """By hook point, where rows are stored as int8."""
     covariance: bool = False
+    compute_dtype: str = "float32"
+    """What the model computes in: rows that become int8 are captured so; others in the dtype they are stored in."""
+    stored_rows_per_unit: int | None = None
+    """Places that a unit has in a sampled run's arrays; None for `rows_per_unit`."""
+
+    @property
+    def capture_dtype(self) -> str:
+        """The dtype of the arrays that capture fills: `float32`, `float16` or `bfloat16`."""
+        dtype = next(iter(self.specs.values())).dtype
+        return self.compute_dtype if dtype == "int8" else dtype
+
+    def shards_per_unit(self, hook_point: str) -> int:
+        """Return how many shards of a hook point a unit has room for."""
+        return (self.stored_rows_per_unit or self.rows_per_unit) // self.specs[hook_point].rows_per_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +98,7 @@ class WrittenUnit:
 
     unit: int
     rows: int
+    """Rows stored; where only pooled vectors are kept, rows that they stand for."""
     nonfinite: int
     attempt: str
     objects: tuple[StoredObject, ...]
@@ -85,13 +109,14 @@ class WrittenUnit:
     rows_forwarded: int = 0
     """Token rows that went through the model."""
     timings_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds spent in `read`, `forward`, `statistics`, `encode`, `write`."""
+    """Seconds spent in `read`, `forward`, `pool`, `statistics`, `encode`, `write`; waiting for a turn is in none."""
 
 
 class UnitWriter:
     """Runs units of one run. Two threads may call `run_unit` at once: one computes while the other writes.
 
-    Memory: two units' rows of every hook point, whatever the corpus's size.
+    Memory: two units' rows of every hook point, and the vectors of their documents where these are pooled, whatever the
+    corpus's size.
     """
 
     def __init__(
@@ -110,72 +135,172 @@ class UnitWriter:
             InvalidInputError: activations that are not finite under policy `error`, or too large for the dtype.
             StorageError, FormatError: the storage failed or holds something else under one of the unit's keys.
         """
-        tokens = self._tokenization.unit_table(unit, ["token_id", "doc_id", "window"])
+        work = _UnitWork(self._storage, self._tokenization, self._plan, unit)
+        tokens, starts = work.read()
         token_ids = tokens["token_id"].to_numpy()
-        starts = window_starts(tokens["doc_id"].to_numpy(), tokens["window"].to_numpy())
-        with self._forward:
+        with self._forward, work.timed("forward"):
+            dtype = stored_dtype(self._plan.capture_dtype)
             out = {
-                name: np.empty((len(token_ids), spec.d_model), stored_dtype(spec.dtype))
+                name: np.empty((len(token_ids), spec.d_model), dtype)
                 for name, spec in self._plan.specs.items()
             }
-            self._capture(token_ids, starts, out)
-        return self._write(unit, out, tokens)
+            forwarded = self._capture(token_ids, starts, out)
+        work.rows_forwarded = len(token_ids) if forwarded is None else forwarded
+        return work.write(out)
 
-    def _write(self, unit: int, out: dict[str, Rows], tokens: pa.Table) -> WrittenUnit:
-        attempt = uuid.uuid4().hex
-        objects: list[StoredObject] = []
-        sums: dict[str, Sums] = {}
-        n_rows = tokens.num_rows
+
+class _UnitWork:
+    """One attempt at one unit."""
+
+    def __init__(self, storage: Storage, tokenization: Tokenization, plan: RunPlan, unit: int) -> None:
+        self._storage = storage
+        self._tokenization = tokenization
+        self._plan = plan
+        self._unit = unit
+        self._attempt = uuid.uuid4().hex
+        self._tokens: pa.Table
+        self._objects: list[StoredObject] = []
+        self._meta: dict[str, Any] = {}
+        self._spent = dict.fromkeys(("read", "forward", "pool", "statistics", "encode", "write"), 0.0)
+        self.rows_forwarded = 0
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time that the block takes to the seconds spent in `what`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[what] += time.perf_counter() - began
+
+    def read(self) -> tuple[pa.Table, Rows]:
+        """Return the unit's tokens and where its windows start."""
+        with self.timed("read"):
+            self._tokens = self._tokenization.unit_table(self._unit, _TOKEN_COLUMNS)
+            doc_ids, windows = self._tokens["doc_id"].to_numpy(), self._tokens["window"].to_numpy()
+            return self._tokens, window_starts(doc_ids, windows)
+
+    def write(self, out: dict[str, Rows]) -> WrittenUnit:
+        """Store everything that the plan keeps of the captured rows, which are dropped one hook point after the other."""
+        plan = self._plan
         # All are checked before the first shard is written: a refused unit must leave nothing behind under fixed keys.
-        found = {name: self._checked_stats(unit, name, out[name], tokens) for name in self._plan.specs}
-        for name, spec in self._plan.specs.items():
-            shards, adopted, sums[name] = self._write_shards(unit, name, spec, out.pop(name))
-            objects += shards
-            if adopted is not None:
-                found[name] = self._checked_stats(unit, name, adopted, tokens)
-        stats = list(found.values())
-        sums_key = f"runs/{self._plan.run}/sums/{unit:08}-{attempt}.bin"
-        sums_data, sums_meta = pack_sums(sums_key, sums)
-        objects.append(write_new(self._storage, sums_key, [sums_data]))
-        stats_key = f"runs/{self._plan.run}/stats/{unit:08}-{attempt}.parquet"
-        objects.append(write_new(self._storage, stats_key, [parquet_bytes(stats_to_table(stats))]))
+        with self.timed("statistics"):
+            finite = {name: self._checked(name, rows) for name, rows in out.items()}
+        kept = self._kept_rows()
+        tokens = self._tokens if kept is None else self._tokens.take(pa.array(kept))
+        pooling = self._pooling()
+        stats: list[HookPointStats] = []
+        sums: dict[str, Sums] = {}
+        for name, spec in plan.specs.items():
+            rows = out.pop(name)
+            if pooling is not None:
+                with self.timed("pool"):
+                    pooling.add(name, rows, plan.capture_dtype, finite[name])
+            if "dense" in plan.keep:
+                stored = self._store(name, spec, rows, kept)
+                del rows
+                self._objects += stored.objects
+                sums[name] = stored.sums
+                stats.append(self._describe(name, spec, stored, tokens))
+                del stored
+            else:
+                captured = StoredRows((), np.empty(0, np.uint32), rows, None)
+                stats.append(self._describe(name, replace(spec, dtype=plan.capture_dtype), captured, tokens))
+        self._write_small(stats, sums, pooling)
         return WrittenUnit(
-            unit=unit,
-            rows=n_rows,
+            unit=self._unit,
+            rows=tokens.num_rows,
             nonfinite=sum(s.nonfinite for s in stats),
-            attempt=attempt,
-            objects=tuple(objects),
-            meta={"nonfinite": {s.hook_point: s.nonfinite for s in stats}, "sums": sums_meta},
-            nbytes=sum(o.nbytes for o in objects),
+            attempt=self._attempt,
+            objects=tuple(self._objects),
+            meta={"nonfinite": {s.hook_point: s.nonfinite for s in stats}, **self._meta},
+            nbytes=sum(o.nbytes for o in self._objects),
+            rows_read=self._tokens.num_rows,
+            rows_forwarded=self.rows_forwarded,
+            timings_s=self._spent,
         )
 
-    def _write_shards(
-        self, unit: int, name: str, spec: ShardSpec, rows: Rows
-    ) -> tuple[list[StoredObject], Rows | None, Sums]:
-        """Store the unit's shards; return them, the stored rows if any shard was an earlier attempt's, and the sums."""
-        per_unit = self._plan.rows_per_unit // spec.rows_per_shard
-        objects, pieces, sums, adopted = [], [], [], False
-        for j, start in enumerate(range(0, len(rows), spec.rows_per_shard)):
-            piece = rows[start : start + spec.rows_per_shard]
-            key = f"runs/{self._plan.run}/{hook_point_folder(name)}/c/{unit * per_unit + j}/0"
-            encoded = encode_shard(spec, piece)
-            try:
-                objects.append(write_new(self._storage, key, encoded.buffers))
-                sums.append(encoded.sums)
-            except ConflictError:
-                stored, piece = adopt_shard(self._storage, key, spec, n_rows=len(piece))
-                objects.append(stored)
-                sums.append(sums_of(spec, piece))
-                adopted = True
-            pieces.append(piece)
-        return objects, np.concatenate(pieces) if adopted else None, np.concatenate(sums)
+    def _checked(self, name: str, rows: Rows) -> Mask | None:
+        """Return which captured rows are finite, None for all, if the run may have others."""
+        finite = finite_rows(rows, self._plan.capture_dtype)
+        if finite is not None and self._plan.nonfinite == "error":
+            n = count_nonfinite(rows, self._plan.capture_dtype)
+            raise _nonfinite_error(self._unit, name, n, ~finite, self._tokens["doc_id"].to_numpy())
+        return finite
 
-    def _checked_stats(self, unit: int, name: str, rows: Rows, tokens: pa.Table) -> HookPointStats:
-        spec = self._plan.specs[name]
-        stats = stored_stats(name, spec, rows)
-        if stats.nonfinite and self._plan.nonfinite == "error":
-            raise _nonfinite_error(unit, stats, rows, spec, tokens)
+    def _kept_rows(self) -> Offsets | None:
+        plan = self._plan
+        if "dense" not in plan.keep or plan.sample >= 1:
+            return None
+        n_rows = self._tokens.num_rows
+        return kept_offsets(
+            self._unit, n_rows, rows_per_unit=plan.rows_per_unit, rate=plan.sample, seed=plan.seed
+        )
+
+    def _pooling(self) -> UnitPooling | None:
+        plan = self._plan
+        if "pooled" not in plan.keep:
+            return None
+        return unit_pooling(
+            self._tokenization,
+            self._unit,
+            self._tokens,
+            poolings=plan.poolings,
+            pool_special=plan.pool_special,
+        )
+
+    def _store(self, name: str, spec: ShardSpec, rows: Rows, kept: Offsets | None) -> StoredRows:
+        plan = self._plan
+        first = self._unit * plan.shards_per_unit(name)
+        return store_rows(
+            self._storage,
+            spec,
+            rows,
+            plan.capture_dtype,
+            key=lambda number: shard_key(plan.run, name, first + number),
+            kept=kept,
+            transform=None if plan.int8 is None else plan.int8[name],
+            spent=self._spent,
+        )
+
+    def _describe(self, name: str, spec: ShardSpec, stored: StoredRows, tokens: pa.Table) -> HookPointStats:
+        """Return the statistics of what is stored, and store its covariance if that is asked for."""
+        plan = self._plan
+        transform = plan.int8[name] if plan.int8 is not None and spec.dtype == "int8" else None
+        with self.timed("statistics"):
+            stats = unit_stats(name, spec, stored.rows, tokens, int8=transform, error=stored.error)
+            if stats.nonfinite and plan.nonfinite == "error":  # an adopted shard, of who knows what policy
+                finite = finite_rows(stored.rows, spec.dtype)
+                assert finite is not None
+                raise _nonfinite_error(
+                    self._unit, name, stats.nonfinite, ~finite, tokens["doc_id"].to_numpy()
+                )
+            covariance = unit_covariance(spec, stored.rows, int8=transform) if plan.covariance else None
+        if covariance is not None:
+            self._put(covariance_key(plan.run, name, f"{self._unit:08}-{self._attempt}"), covariance)
         return stats
+
+    def _write_small(
+        self, stats: list[HookPointStats], sums: Mapping[str, Sums], pooling: UnitPooling | None
+    ) -> None:
+        """Store sums, statistics and pooled vectors."""
+        run = self._plan.run
+        if any(len(values) for values in sums.values()):
+            key = sums_key(run, self._unit, self._attempt)
+            data, self._meta["sums"] = pack_sums(key, sums)
+            self._put(key, data)
+        with self.timed("statistics"):
+            table = parquet_bytes(stats_to_table(stats))
+        self._put(f"runs/{run}/stats/{self._unit:08}-{self._attempt}.parquet", table)
+        if pooling is not None:
+            with self.timed("encode"):
+                found, self._meta["pooled"] = pooling.objects(run, self._unit, self._attempt)
+            for key, data in found.items():
+                self._put(key, data)
+
+    def _put(self, key: str, data: bytes) -> None:
+        with self.timed("write"):
+            self._objects.append(write_new(self._storage, key, [data]))
 
 
 def window_starts(doc_ids: Rows, windows: Rows) -> Rows:
@@ -189,47 +314,19 @@ def window_starts(doc_ids: Rows, windows: Rows) -> Rows:
     return np.concatenate([np.zeros(1, np.int64), inner, np.full(1, len(doc_ids), np.int64)])
 
 
-def stored_stats(hook_point: str, spec: ShardSpec, rows: Rows) -> HookPointStats:
-    """Return the statistics of rows in their stored type, widened a block at a time."""
-    total = empty_stats(hook_point, spec.d_model)
-    for start in range(0, len(rows), _STATS_ROWS):
-        block = to_float32(rows[start : start + _STATS_ROWS], spec.dtype)
-        total = merge_stats(total, block_stats(hook_point, block))
-    return total
-
-
-def _nonfinite_error(
-    unit: int, stats: HookPointStats, rows: Rows, spec: ShardSpec, tokens: pa.Table
-) -> InvalidInputError:
-    bad = ~np.isfinite(to_float32(rows, spec.dtype)).all(axis=1)
-    documents = np.unique(tokens["doc_id"].to_numpy()[bad])
-    shown = ", ".join(map(str, documents[:5])) + (", ..." if len(documents) > 5 else "")
-    return InvalidInputError(
-        ErrorKind.NON_FINITE,
-        f"unit {unit}: {stats.nonfinite} activations of {stats.hook_point!r} in {int(bad.sum())} rows are NaN or "
-        f"infinite (documents {shown}); the unit was not stored. Check the model, compute in float32 or "
-        "bfloat16, or store and count them with nonfinite='mask'",
-    )
-
-
-def adopt_shard(storage: Storage, key: str, spec: ShardSpec, *, n_rows: int) -> tuple[StoredObject, Rows]:
-    """Return an object that an earlier attempt stored under `key`, and its rows, once it proves to be a whole shard.
-
-    Raises:
-        FormatError: it is missing, damaged, or not of this shape.
-    """
-    data = storage.get(key)
-    if data is None:
-        raise FormatError(
-            ErrorKind.OBJECT_MISSING, f"object {key!r} vanished while it was read: is something deleting?"
-        )
-    rows = decode_shard(spec, data, n_rows=n_rows, key=key)
-    return StoredObject(key, len(data), hashlib.sha256(data).hexdigest()), rows
-
-
 def parquet_bytes(table: pa.Table) -> bytes:
     """Return `table` as a Parquet file with page checksums."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def _nonfinite_error(unit: int, name: str, n: int, bad: Mask, doc_ids: Rows) -> InvalidInputError:
+    documents = np.unique(doc_ids[bad])
+    shown = ", ".join(map(str, documents[:5])) + (", ..." if len(documents) > 5 else "")
+    return InvalidInputError(
+        ErrorKind.NON_FINITE,
+        f"unit {unit}: {n} activations of {name!r} in {int(bad.sum())} rows are NaN or infinite (documents {shown}); the "
+        "unit was not stored. Check the model, compute in float32 or bfloat16, or store and count them with nonfinite='mask'",
+    )

@@ -24,6 +24,10 @@ COMMANDS = {
     "import": ("actstore.ingest.cli.import_", "import documents as a corpus"),
     "tokenize": ("actstore.ingest.cli.tokenize_", "cut a corpus into token rows"),
     "ingest": ("actstore.ingest.cli.ingest", "run a model over a corpus and store its activations"),
+    "import-run": (
+        "actstore.ingest.cli.import_run",
+        "import activations that SAELens, vLLM or another program harvested",
+    ),
     "runs": ("actstore.cli.runs", "list the runs of a store"),
     "info": ("actstore.cli.info", "show one run"),
     "sql": ("actstore.query.cli.sql_", "run one SELECT over the store's views"),

@@ -62,7 +62,7 @@ def crc32c_joined(sums: npt.NDArray[np.uint32], piece_bytes: int) -> npt.NDArray
 def _carried(sums: npt.NDArray[np.uint32], n_zeros: int) -> npt.NDArray[np.uint32]:
     """Return checksums carried past `n_zeros` zero bytes; same shape, new memory."""
     tables = _carry_tables(n_zeros)
-    carried = tables[0][sums & 0xFF]
+    carried: npt.NDArray[np.uint32] = tables[0][sums & 0xFF]
     for byte in range(1, 4):
         carried ^= tables[byte][(sums >> (8 * byte)) & 0xFF]
     return carried

@@ -2,90 +2,68 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
+import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 import actstore
 from actstore.cli import INTERRUPTED
-from actstore.ingest.cli.bars import auto_or_int
-from actstore.ingest.config import CODECS, POLICIES, IngestConfig
+from actstore.cli.console import visible_lines
+from actstore.ingest.cli.ingest_options import add_config_arguments, parse_config_arguments
+from actstore.ingest.config import IngestConfig
 from actstore.ingest.job import IngestReport, run_ingest
 from actstore.ingest.scheduler import Progress as JobProgress
+from actstore.ingest.self_check import describe_check
+
+_SHOWN = 10
+"""Units without activations that are named."""
 
 HELP = "run a model over a corpus and store its activations"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="STORE", help="folder or URL of the store")
-    parser.add_argument("--corpus", required=True, help="name of an imported corpus")
-    parser.add_argument("--model", required=True, help="local folder or hub name; safetensors only")
+    add_config_arguments(parser)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what it would cost, from a few real batches; write nothing",
+    )
+    instead.add_argument(
+        "--submit",
+        metavar="ADDRESS",
+        help="run it as a Ray Job: http://head:8265 of the cluster's job server",
+    )
+    parser.add_argument("--no-wait", action="store_true", help="with --submit: leave the job to itself")
     parser.add_argument(
-        "--hook-points", nargs="+", required=True, metavar="GLOB", help="e.g. 'layers.*.resid_post' embed"
+        "--entrypoint-python",
+        default="python",
+        metavar="PROGRAM",
+        help="with --submit: Python on the cluster",
     )
-    parser.add_argument("--run", required=True, dest="run_name", help="name of the run, new or to be resumed")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
-    parser.add_argument("--tokenizer", help="folder or hub name; default: the model's own")
-    parser.add_argument("--window", type=int, help="tokens per window; default: the model's context")
-    parser.add_argument("--overlap", type=int, default=0, help="tokens shared by neighbouring windows")
-    parser.add_argument("--rows-per-unit", type=auto_or_int, default="auto", help="rows per unit of work")
-    parser.add_argument("--dtype", default="auto", help="stored type: fp32, fp16, bf16; default: as computed")
-    parser.add_argument("--compute-dtype", default="auto", help="type the model computes in")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps")
-    parser.add_argument("--attn-implementation", help="eager, sdpa, flash_attention_2, ...")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens per forward pass")
-    parser.add_argument(
-        "--codec", choices=CODECS, default="hot", help="hot: raw rows; lz4, cold: smaller, slower"
-    )
-    parser.add_argument("--nonfinite", choices=POLICIES, default="error", help="what NaN and infinity do")
-    parser.add_argument("--workers", type=int, default=1, help="actors, each with its own model")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--ray-address", default="local", metavar="ADDRESS", help="local, auto or ray://host:port"
-    )
-    where.add_argument("--no-ray", action="store_true", help="run in this process")
 
 
 def run(args: argparse.Namespace) -> int:
-    config = IngestConfig(
-        corpus=args.corpus,
-        model=args.model,
-        hook_points=[name for given in args.hook_points for name in _split(given)],
-        run=args.run_name,
-        revision=args.revision,
-        tokenizer=args.tokenizer,
-        window=args.window,
-        overlap=args.overlap,
-        rows_per_unit=args.rows_per_unit,
-        dtype=args.dtype,
-        compute_dtype=args.compute_dtype,
-        device=args.device,
-        attn_implementation=args.attn_implementation,
-        batch_tokens=args.batch_tokens,
-        codec=args.codec,
-        nonfinite=args.nonfinite,
-        workers=args.workers,
-        ray_address=None if args.no_ray else args.ray_address,
-    )
-    report = ingest_with_bar(args.store, config, quiet=args.json)
+    store, config = parse_config_arguments(args)
+    if args.submit is not None:
+        from actstore.ingest.cli.ingest_submit import submit
+
+        return submit(args, store, config)
+    if args.dry_run:
+        from actstore.ingest.cli.ingest_dry_run import show_dry_run
+
+        return show_dry_run(store, config, as_json=args.json)
+    report = ingest_with_bar(store, config, quiet=args.json)
     if args.json:
         print(json.dumps({**dataclasses.asdict(report), "rows_per_s": report.rows_per_s}))
     else:
-        print_report(report, args.store)
+        print_report(report, store)
     return 0 if report.is_complete else INTERRUPTED
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas outside braces: `layers.{1..2}.mlp_out,embed` is two names."""
-    parts, depth, start = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c == "{") - (c == "}")
-        if c == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
-    return [p for p in [*parts, text[start:]] if p]
 
 
 def ingest_with_bar(store: str, config: IngestConfig, *, quiet: bool) -> IngestReport:
@@ -96,7 +74,7 @@ def ingest_with_bar(store: str, config: IngestConfig, *, quiet: bool) -> IngestR
     if quiet:
         return run_ingest(opened, config)
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("units · {task.fields[rate]} tokens/s · ETA"),
@@ -113,22 +91,39 @@ def ingest_with_bar(store: str, config: IngestConfig, *, quiet: bool) -> IngestR
             bar.update(TaskID(task), completed=p.units_done, total=p.units_total, rate=f"{rate:,.0f}")
 
         return run_ingest(
-            opened, config, progress=show, notice=lambda line: bar.console.print(line, markup=False)
+            opened,
+            config,
+            progress=show,
+            notice=lambda line: bar.console.print(visible_lines(line), markup=False, highlight=False),
         )
 
 
 def print_report(report: IngestReport, store: str) -> None:
     """Print what an ingest did, in words."""
+    for line in _lines(report, store):
+        print(visible_lines(line))
+
+
+def _lines(report: IngestReport, store: str) -> Iterator[str]:
     state = "complete" if report.is_complete else "stopped: run the same command again to go on"
-    print(
+    yield (
         f"run {report.run}: {report.n_rows:,} rows in {report.n_units} of {report.n_units_planned} units, "
         f"{report.nbytes / 1e6:,.1f} MB, {state} (version {report.version})"
     )
     if report.units_this_job:
-        print(
-            f"this job: {report.units_this_job} units, {report.rows_per_s:,.0f} tokens/s, {report.retries} retries"
+        idle = "" if report.idle_share is None else f", models idle {report.idle_share:.0%} of the time"
+        yield (
+            f"this job: {report.units_this_job} units, {report.rows_per_s:,.0f} tokens/s, {report.retries} retries{idle}"
         )
     if report.nonfinite:
-        print(f"{report.nonfinite:,} activations are NaN or infinite: queries leave their rows out")
+        yield f"{report.nonfinite:,} activations are NaN or infinite: queries leave their rows out"
+    if report.quarantined:
+        yield f"{len(report.quarantined)} units could not be computed, and the run is complete without them:"
+        for unit, reason in itertools.islice(report.quarantined.items(), _SHOWN):
+            yield f"  unit {unit}: {reason}"
+        if len(report.quarantined) > _SHOWN:
+            yield f"  ... and {len(report.quarantined) - _SHOWN} more"
+    if report.self_check is not None:
+        yield f"self-check: {describe_check(report.self_check)}"
     if report.is_complete:
-        print(f"next: actstore info {store} {report.run}")
+        yield f"next: actstore info {shlex.quote(store)} {report.run}"

@@ -66,8 +66,8 @@ DESCRIPTION = ModelDescription(
 
 def make_writer(store, plan, value=numbers) -> UnitWriter:
     def capture(token_ids, window_starts, out: Mapping[str, np.ndarray]) -> None:
-        for name, rows in out.items():
-            rows[:] = to_stored(value(token_ids, rows.shape[1]), plan.specs[name].dtype)
+        for rows in out.values():
+            rows[:] = to_stored(value(token_ids, rows.shape[1]), plan.capture_dtype)
 
     return UnitWriter(store.storage, store.tokenization(plan.tokenization), plan, capture)
 
@@ -89,10 +89,20 @@ class SyntheticHost:
 class SyntheticBackend:
     """Runs units in this process with numbers instead of a model."""
 
-    def __init__(self, *, fault=lambda unit: None, threads: int = 2, value=numbers) -> None:
+    def __init__(
+        self,
+        *,
+        fault=lambda unit: None,
+        threads: int = 2,
+        value=numbers,
+        change=lambda written: written,
+        interrupt=lambda: None,
+    ) -> None:
         self.fault = fault
         self.threads = threads
         self.value = value
+        self.change = change
+        self.interrupt = interrupt
         self._pool = None
 
     def describe(self) -> ModelDescription:
@@ -104,9 +114,9 @@ class SyntheticBackend:
 
         def run_unit(unit):
             self.fault(unit)
-            return writer.run_unit(unit)
+            return self.change(writer.run_unit(unit))
 
-        self._pool = LocalPool(run_unit, threads=self.threads)
+        self._pool = LocalPool(run_unit, threads=self.threads, interrupt=self.interrupt)
         return self._pool
 
     def commit(self, units) -> None:
@@ -127,6 +137,7 @@ def config(tokenizer: str, **changes) -> IngestConfig:
         "window": 16,
         "rows_per_unit": 64,
         "ray_address": None,
+        "retry_s": 0.1,
     }
     return IngestConfig(**{**settings, **changes})
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 import actstore
 from actstore.ingest import IngestConfig, import_corpus
 from actstore.ingest import run as run_ingest
-from actstore.ingest.backend import LocalBackend, actor_options
+from actstore.ingest.backend import LocalBackend
 from actstore.ingest.host import Job, ModelHost
+from actstore.ingest.placement import actor_options
 from actstore.ingest.unit import RunPlan
 from actstore.log import fsck
 from tests.ingest import synthetic, tiny_models
@@ -38,8 +39,11 @@ def placed(nodes, options):
 @given(nodes=NODES, workers=st.integers(1, 40), device=st.sampled_from(["auto", "cpu", "cuda"]))
 def test_all_workers_fit_at_once_and_none_asks_for_more_than_a_node_has(nodes, workers, device):
     options = actor_options(nodes, workers=workers, device=device)
-    assert placed(nodes, options) >= workers
     with_gpu = [node for node in nodes if "GPU" in node] if device != "cpu" else []
+    if device == "cuda" and not with_gpu:  # an autoscaler may bring some
+        assert options == {"num_cpus": 1.0, "num_gpus": 1.0}
+        return
+    assert placed(nodes, options) >= workers
     assert ("num_gpus" in options) == bool(with_gpu)
     assert 0 < options.get("num_gpus", 1.0) <= 1.0
     n_gpus = sum(node["GPU"] for node in with_gpu)
@@ -69,6 +73,29 @@ def test_all_workers_fit_at_once_and_none_asks_for_more_than_a_node_has(nodes, w
 )
 def test_shares_of_some_clusters(nodes, workers, device, expected):
     assert actor_options(nodes, workers=workers, device=device) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    nodes=NODES, workers=st.integers(1, 40), gpus=st.integers(1, 4), device=st.sampled_from(["auto", "cuda"])
+)
+def test_gpus_asked_for_are_reserved_whole(nodes, workers, gpus, device):
+    options = actor_options(nodes, workers=workers, device=device, gpus_per_worker=gpus)
+    assert options["num_gpus"] == gpus
+    room = sum(int(node.get("GPU", 0)) // gpus for node in nodes)
+    assert placed(nodes, options) >= min(workers, room), "CPUs keep workers from GPUs that are free"
+    assert actor_options(nodes, workers=workers, device="auto", gpus_per_worker=0) == actor_options(
+        nodes, workers=workers, device="cpu"
+    )
+
+
+def test_a_gpu_asked_for_by_number_is_visible_to_its_worker():
+    nodes = [{"CPU": 64.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 4.0}]
+    options = actor_options(nodes, workers=1, device="cuda:1")
+    assert options["num_gpus"] == 1.0
+    assert options["num_cpus"] == 8.0
+    assert options["runtime_env"]["env_vars"] == {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    assert "runtime_env" not in actor_options(nodes, workers=1, device="cuda")
 
 
 @pytest.fixture(scope="module")

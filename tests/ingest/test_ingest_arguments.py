@@ -9,10 +9,10 @@ import actstore
 from actstore.errors import ErrorKind, InvalidInputError, StorageError
 from actstore.ingest import IngestConfig, import_corpus, tokenize_corpus
 from actstore.ingest import run as run_ingest
-from actstore.ingest.backend import _start_ray
 from actstore.ingest.cli.bars import auto_or_int
 from actstore.ingest.cli.ingest import ingest_with_bar
 from actstore.ingest.encode_text import _check_texts
+from actstore.ingest.ray_backend import start_ray
 from tests.ingest import synthetic, tiny_models
 
 WRONG = {
@@ -90,7 +90,7 @@ def test_an_address_that_ray_cannot_parse():
             raise ValueError(f"Invalid address format: {address}")
 
     with pytest.raises(StorageError, match="cannot reach Ray at 'bogus'"):
-        _start_ray(Ray(), "bogus")
+        start_ray(Ray(), "bogus")
 
 
 @pytest.mark.parametrize("text", ["a\udcffb", None, 3])

@@ -45,7 +45,7 @@ def prepare(storage: Storage, cache: Path, tokenizer: Path) -> str:
 
 
 def ingest(store: Store, tokenizer: str) -> None:
-    asked = synthetic.config(tokenizer, commit_units=1, commit_interval_s=0.0)
+    asked = synthetic.config(tokenizer, commit_units=1, commit_interval_s=0.0, retry_s=0.02)
     run_ingest(store, asked, backend=synthetic.SyntheticBackend(threads=1))
 
 

@@ -8,7 +8,7 @@ import pytest
 import actstore
 from actstore.ingest import IngestConfig, import_corpus
 from actstore.ingest import run as run_ingest
-from actstore.ingest.backend import RayBackend
+from actstore.ingest.ray_backend import RayBackend
 from actstore.log import fsck
 from tests.ingest import synthetic, tiny_models
 
@@ -81,7 +81,7 @@ def test_killed_actors_are_replaced_and_their_units_run_again(ray, made, undistu
 
     def kill_one(backend, progress):
         if len(kills) < 4:
-            ray.kill(backend._actors[len(kills) % 2], no_restart=False)
+            ray.kill(backend.workers.actors[len(kills) % 2], no_restart=False)
             kills.append(progress.units_done)
 
     report = ingest(
