@@ -83,6 +83,17 @@ class Run:
         return tuple(self.collection.config.get("poolings", POOLINGS)) if "pooled" in self.keep else ()
 
     @property
+    def self_check(self) -> dict[str, Any] | None:
+        """What running documents again alone, through plain transformers, differed by; None where that was not asked for.
+
+        Per hook point the largest and mean difference of a row as a part of its length, and how many documents and rows were
+        compared (FORMAT.md, section 6.4).
+        """
+        seal = self.collection.seal
+        found = seal.meta.get("self_check") if seal else None
+        return dict(found) if found else None
+
+    @property
     def quarantined(self) -> dict[int, str]:
         """Units that a complete run is without, each with the reason: they failed for good, and their rows do not exist."""
         seal = self.collection.seal

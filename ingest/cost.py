@@ -19,7 +19,7 @@ from actstore.sampling import kept_offsets
 from actstore.store import Store
 from actstore.tokenization import Tokenization
 
-from .seal_objects import _MERGED_BYTES as MERGED_BYTES
+from .seal_objects import MERGED_BYTES
 from .unit import RunPlan
 
 RESERVE = 0.05

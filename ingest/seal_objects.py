@@ -25,7 +25,7 @@ from actstore.storage import Storage, write_new
 
 from .unit import RunPlan
 
-_MERGED_BYTES = 32 << 20
+MERGED_BYTES = 32 << 20
 """Vectors in one object of merged documents."""
 
 
@@ -81,7 +81,7 @@ class PooledMerge:
     """Writes the vectors of documents that lie in several units; holds one object's worth."""
 
     def __init__(
-        self, storage: Storage, objects: ObjectReader, plan: RunPlan, *, object_bytes: int = _MERGED_BYTES
+        self, storage: Storage, objects: ObjectReader, plan: RunPlan, *, object_bytes: int = MERGED_BYTES
     ) -> None:
         self._storage = storage
         self._objects = objects

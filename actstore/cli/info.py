@@ -59,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
         "corpus": asked.tokenization.corpus.id,
         "dtype": asked.config["dtype"],
         "codec": asked.config["codec"],
+        "keep": list(asked.keep),
+        "poolings": list(asked.poolings),
+        "sample": asked.config.get("sample"),
+        "quarantined": {str(unit): reason for unit, reason in asked.quarantined.items()},
+        "self_check": asked.self_check,
         "fingerprint": asked.collection.fingerprint,
     }
     if args.json:
@@ -109,10 +114,14 @@ def _number(value: float | None) -> float | None:
 def _print(summary: Mapping[str, Any], hook_points: Sequence[Mapping[str, Any]]) -> None:
     console = output_console()
     flat = {f"model {k}": v for k, v in summary["model"].items()}
-    lines = {k: v for k, v in summary.items() if k != "model"} | flat
+    shown = dict(summary, keep=", ".join(summary["keep"]), poolings=", ".join(summary["poolings"]))
+    shown["self_check"] = _shown_check(summary["self_check"])
+    shown["quarantined"] = "; ".join(f"unit {unit}: {why}" for unit, why in summary["quarantined"].items())
+    optional = ("poolings", "sample", "quarantined", "self_check")
+    lines = {k: v for k, v in shown.items() if k != "model" and (v or k not in optional)} | flat
     for key, value in lines.items():
-        shown = f"{value:,}" if type(value) is int else str(value)
-        console.print(f"{key:>25}  {visible(shown)}", soft_wrap=True)
+        text = f"{value:,}" if type(value) is int else str(value)
+        console.print(f"{key:>25}  {visible(text)}", soft_wrap=True)
     stored = _table("hook point", "width", "rows", "non-finite", "array")
     is_int8 = any(row["int8_error"] is not None for row in hook_points)
     columns = ["hook point", "median norm", "p99", "values", "outlier dims", "attention sinks"]
@@ -135,6 +144,15 @@ def _print(summary: Mapping[str, Any], hook_points: Sequence[Mapping[str, Any]])
         numbers.add_row(name, *cells)
     console.print(stored)
     console.print(numbers)
+
+
+def _shown_check(check: Mapping[str, Any] | None) -> str:
+    if check is None:
+        return ""
+    found = {name: one["max_relative"] for name, one in check["hook_points"].items()}
+    worst = max(found, key=found.__getitem__, default=None)
+    much = f"at most {found[worst]:.2g} of a row's length, at {worst}" if worst else "nothing to compare"
+    return f"{check['n_documents']:,} documents, {check['n_rows']:,} rows: {much}"
 
 
 def _table(*columns: str) -> Table:
