@@ -114,7 +114,7 @@ def check_width(d_model: int) -> None:
         raise InvalidInputError(
             ErrorKind.TOO_LARGE,
             f"a covariance of {d_model} dimensions was asked for, at most {MAX_D_MODEL} are kept: each unit would take "
-            f"{d_model * (d_model + 1) * 4:,} bytes; leave out covariance for hook points as wide as this",
+            f"{covariance_bytes(d_model):,} bytes; leave out covariance for hook points as wide as this",
         )
 
 
@@ -122,6 +122,15 @@ def pack_covariance(covariance: Covariance) -> bytes:
     """Return the bytes that are stored (FORMAT.md, section 7.5)."""
     header = _HEADER.pack(MAGIC, covariance.d_model, covariance.n)
     return b"".join([header, covariance.mean.astype("<f8").data, covariance.packed.astype("<f8").data])
+
+
+def covariance_bytes(d_model: int) -> int:
+    """Return how many bytes `pack_covariance` gives for a hook point of this width.
+
+    >>> covariance_bytes(2)
+    64
+    """
+    return _HEADER.size + 8 * (d_model + d_model * (d_model + 1) // 2)
 
 
 def parse_covariance(data: bytes) -> Covariance:
@@ -132,8 +141,7 @@ def parse_covariance(data: bytes) -> Covariance:
     """
     fits = len(data) >= _HEADER.size
     magic, d_model, n = _HEADER.unpack_from(data) if fits else (b"", 0, 0)
-    n_packed = d_model * (d_model + 1) // 2
-    if magic != MAGIC or n >= 1 << 63 or len(data) != _HEADER.size + 8 * (d_model + n_packed):
+    if magic != MAGIC or n >= 1 << 63 or len(data) != covariance_bytes(d_model):
         raise FormatError(
             ErrorKind.OBJECT_DAMAGED,
             f"a covariance was expected, found {len(data)} bytes that begin with {bytes(data[:24])!r}: run fsck",

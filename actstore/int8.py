@@ -56,6 +56,9 @@ _QUANTUM: Final = 127
 _LEAST_SCALE: Final = 2.0**-126
 """Smaller ones have fewer bits: such a row is stored as zeros, an error below 2^-119 times 2^e."""
 
+_FAR: Final = float(np.finfo(np.float32).max) / 2
+"""Rows that may come to less are read back as finite numbers for certain."""
+
 _BLOCK_BYTES: Final = 1 << 20
 """Float32 numbers worked on at a time: they stay in a core's cache."""
 
@@ -162,7 +165,8 @@ def quantise(rows_td: FloatArray, transform: Int8Transform, *, out: StoredArray 
 
     With x' = (x - mean) * 2^-exponent, the scale of a row is max |x'| / 127 and its numbers are x' / scale, rounded to the
     nearest, ties to even. A row of zeros after centring has scale 0. A row that holds NaN or an infinity, or whose x'
-    overflow, has scale NaN and reads as NaN. Equal rows give equal bytes, whatever is around them. About 3 GB/s of float32.
+    overflow, has scale NaN and reads as NaN; so has one near float32's largest number that rounding would make infinite.
+    Equal rows give equal bytes, whatever is around them. About 3 GB/s of float32.
 
     Args:
         rows_td: float32 `[t, d_model]`.
@@ -190,6 +194,7 @@ def quantise(rows_td: FloatArray, transform: Int8Transform, *, out: StoredArray 
     for start in range(0, len(rows_td), step):
         block = rows_td[start : start + step]
         _quantise_block(block, transform.mean, shrink, work[: len(block)], out[start : start + step])
+    _refuse_overflow(out, transform)
     return out
 
 
@@ -236,21 +241,21 @@ def dequantise(
 
 
 def int8_error(rows_td: FloatArray, stored: StoredArray, transform: Int8Transform) -> Int8Error:
-    """Return how far stored rows are from the rows that they were made of; rows stored as NaN are not compared.
+    """Return how far stored rows are from the rows that they stand for; rows that are not finite in both are not compared.
 
     Args:
         rows_td: float32 `[t, d_model]`, what `quantise` was given.
-        stored: int8 `[t, d_model + SCALE_BYTES]`, what it returned.
+        stored: int8 `[t, d_model + SCALE_BYTES]`, what it returned, or what an earlier attempt stored of the same tokens.
         transform: Of the hook point.
     """
     total = Int8Error()
     step = _block_rows(max(1, rows_td.shape[1]))
     mean = transform.mean.astype(np.float64)
     for start in range(0, len(rows_td), step):
-        part = stored[start : start + step]
-        kept = np.isfinite(row_scales(part))
-        true = rows_td[start : start + step][kept].astype(np.float64)
-        error = dequantise(part[kept], transform) - true
+        found, true = dequantise(stored[start : start + step], transform), rows_td[start : start + step]
+        kept = np.isfinite(found).all(axis=1) & np.isfinite(true).all(axis=1)
+        true = true[kept].astype(np.float64)
+        error = found[kept] - true
         true -= mean
         total += Int8Error(
             error.size,
@@ -280,6 +285,18 @@ def _quantise_block(
         np.rint(work, out=work)
         out[:, :-SCALE_BYTES] = work
     out[:, -SCALE_BYTES:] = scales.astype("<f4")[:, None].view(np.int8)
+
+
+def _refuse_overflow(stored: StoredArray, transform: Int8Transform) -> None:
+    """Make rows NaN that would be read back with an infinity: rounding carried a number past the largest float32."""
+    with np.errstate(over="ignore"):
+        largest = (
+            row_scales(stored).astype(np.float64) * _QUANTUM * 2.0 ** int(transform.exponent.max(initial=0))
+        )
+    far = np.flatnonzero(largest + float(np.abs(transform.mean).max(initial=0.0)) >= _FAR)
+    lost = far[~np.isfinite(dequantise(stored[far], transform)).all(axis=1)]
+    stored[lost] = 0
+    stored[lost, -SCALE_BYTES:] = np.array([np.nan], "<f4").view(np.int8)
 
 
 def _block_rows(d_model: int) -> int:

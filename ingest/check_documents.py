@@ -188,13 +188,15 @@ def pool(
     """Return one document's vector (1, d) from its rows in all windows: every position once, at its first text token.
 
     Args:
-        tokens: The document's tokens in order; columns position and is_special.
+        tokens: The document's tokens in order; columns position, is_special, char_start and char_end.
         rows_td: Their activations.
         pooling: `mean`, `last`, `max` or `weighted_mean`.
         special: Whether special tokens enter.
     """
     position, is_special = tokens["position"].to_numpy(), tokens["is_special"].to_numpy()
-    order = np.lexsort((np.arange(len(position)), is_special, position))
+    # A special token that is written in the text stands for characters, one around it for none.
+    is_around = is_special & (tokens["char_start"].to_numpy() == tokens["char_end"].to_numpy())
+    order = np.lexsort((np.arange(len(position)), is_around, position))
     _, first = np.unique(position[order], return_index=True)
     at = order[first]
     at = at[np.isfinite(rows_td[at]).all(axis=1) & (special | ~is_special[at])]

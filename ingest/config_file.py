@@ -251,6 +251,10 @@ def _mistyped(file: str, key: str, value: Any, expected: str) -> InvalidInputErr
 
 
 def _unknown(key: str, known: Sequence[str], file: str) -> InvalidInputError:
+    if key in ("no_ray", "no-ray"):
+        return InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"{file!r} has the unknown key {key!r}: write ray_address = {NO_RAY!r}"
+        )
     near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
     return InvalidInputError(ErrorKind.BAD_ARGUMENT, f"{file!r} has the unknown key {key!r:.80}: {hint}")

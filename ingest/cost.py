@@ -1,8 +1,8 @@
 """How many objects and bytes will a run store, and is there room for them?
 
 Pure but for asking a disk how full it is. Shards, sums and array metadata follow from the layout to the byte where rows are
-stored as they are (codec `hot`); statistics, covariances and pooled vectors are compressed, and are what a probe of one unit
-measured, or a guess on the large side.
+stored as they are (codec `hot`), and so do covariances; statistics and pooled vectors are compressed, and are what a probe of
+one unit measured, or a guess.
 """
 
 import os
@@ -13,6 +13,7 @@ from typing import Any
 
 from actstore.codec.metadata import zarr_json
 from actstore.codec.spec import ShardSpec
+from actstore.covariance import covariance_bytes
 from actstore.errors import ErrorKind, StorageError
 from actstore.names import hook_point_folder
 from actstore.sampling import kept_offsets
@@ -126,8 +127,8 @@ def predict_cost(
     merged = 0
     one_pooled = _pooled_bytes(plan, measured)
     one_stats = Amount(1, _measured_bytes(measured, "stats", _STATS_BYTES * len(plan.specs)))
-    guess = sum(4 * spec.d_model**2 for spec in plan.specs.values())
-    one_covariance = Amount(len(plan.specs), _measured_bytes(measured, "covariance", guess))
+    widths = [spec.d_model for spec in plan.specs.values()]
+    one_covariance = Amount(len(widths), sum(covariance_bytes(d) for d in widths))
     for size in units:
         stored = stored_rows(plan, size)
         if is_dense and stored:

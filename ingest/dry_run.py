@@ -174,7 +174,7 @@ def dry_run(
         )
         plan = _plan(store, config, model, planned)
         probe = None
-        if probe_s > 0 and planned.table.num_rows:
+        if probe_s > 0 and planned.table.num_rows and not _is_complete(store, config):
             say(f"computing a part of unit {planned.table_unit} for about {probe_s:.0f} s")
             probe = backend.call(
                 "probe", plan, dict(planned.tokenization.config), planned.table, float(probe_s)
@@ -182,6 +182,11 @@ def dry_run(
     finally:
         backend.close()
     return _describe(store, config, model, planned, plan, probe)
+
+
+def _is_complete(store: Store, config: IngestConfig) -> bool:
+    existing = store.state.collections.get(("run", config.run))
+    return existing is not None and existing.is_sealed
 
 
 def tokenize_settings(config: IngestConfig, model: "ModelDescription") -> dict[str, Any]:
@@ -252,6 +257,8 @@ def _describe(
 ) -> DryRun:
     existing = store.state.collections.get(("run", config.run))
     done = {} if existing is None else existing.units
+    # A complete run is left as it is, units in quarantine too.
+    is_complete = _is_complete(store, config)
     sizes = [size for size in unit_sizes(planned.tokenization) if size.unit not in done]
     pending_rows = planned.n_rows - sum(planned.tokenization.collection.units[u].rows for u in done)
     n_pending = planned.n_units - len(done)
@@ -261,6 +268,8 @@ def _describe(
     cost = predict_cost(plan, sizes, n_units=planned.n_units, commits=commits, measured=measured)
     if len(sizes) < n_pending:
         cost = cost.times(n_pending / max(1, len(sizes)))
+    if is_complete:
+        cost = Cost({}, {})
     tokens = Amount()
     if planned.source != "stored":
         tokens = Amount(planned.n_units + 2, planned.n_rows * _TOKEN_ROW_BYTES)
@@ -279,13 +288,15 @@ def _describe(
         cost=cost,
         tokens=tokens,
         puts=cost.total.objects + tokens.objects,
-        gets=n_pending + planned.n_units,
+        gets=0 if is_complete else n_pending + planned.n_units,
         memory=None if probe is None else _memory(config, model, planned, plan, probe),
         probe=probe,
         seconds=seconds,
         workers=config.workers,
         free_bytes=free_bytes(store),
-        notes=_notes(config, planned, probe),
+        notes=("the run is complete: nothing is left to do",)
+        if is_complete
+        else _notes(config, planned, probe),
     )
 
 

@@ -18,8 +18,8 @@ from functools import partial
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from actstore.corpus import Corpus
 from actstore.errors import ConflictError, ErrorKind, InvalidInputError, StorageError
 from actstore.log import fingerprint
 from actstore.log.values import Action, Add, Collection, Create, Seal, StoredObject
@@ -38,7 +38,8 @@ from .token_encoding import (
 )
 from .token_units import Cut, Start, TokenUnit, UnitPacker, unit_bytes
 from .tokenization_plan import TokenizationPlan, plan_tokenization
-from .tokenizers import tokenizers_version, vocabulary_table
+from .tokenizers import FastTokenizer, tokenizers_version, vocabulary_table
+from .unit import parquet_bytes
 
 UNITS_PER_COMMIT = 512
 """A crash costs the units since the last commit: at most half an hour of one core's work, for few manifests."""
@@ -234,32 +235,16 @@ class _Job:
         self.store.refresh()
 
     def _seal(self, pending: list[Add], attempt: str) -> None:
-        objects = _write_shared(self.store.storage, self.plan, attempt)
+        tokenizer = self.plan.tokenizer
+        objects = write_tokenizer(
+            self.store.storage, self.plan.id, tokenizer, vocabulary_table(tokenizer), attempt
+        )
         if pending:
             self._commit(pending)
         collection = self.store.state.collection("tokenization", self.plan.id)
         if collection.is_sealed:
             return
-        units = collection.units.values()
-        n_documents = self.plan.corpus.n_documents
-        meta = {
-            "n_documents": n_documents,
-            "n_empty": n_documents - sum(int(u.meta["n_documents"]) for u in units),
-            "n_windows": sum(int(u.meta["n_windows"]) for u in units),
-            "tokenizer_config": {
-                **self.plan.tokenizer.config,
-                "name": self.plan.tokenizer.name,
-                "max_length": self.plan.tokenizer.max_length,
-            },
-        }
-        seal = Seal(
-            "tokenization", self.plan.id, collection.epoch, len(units), collection.rows, objects, meta
-        )
-        try:
-            self.store.log.commit([seal], txn=uuid.uuid4().hex)
-        except ConflictError as error:
-            if error.kind is not ErrorKind.SEALED:
-                raise  # sealed by another process with the same rows is as good
+        commit_seal(self.store, collection, self.plan.corpus, self.plan.tokenizer, objects)
         self.store.refresh()
 
 
@@ -276,6 +261,52 @@ def find_start(existing: Collection | None) -> Start:
         unit += 1
     meta = existing.units[unit].meta
     return Start(unit + 1, int(meta["last_doc"]), int(meta["last_window"]) + 1)
+
+
+def write_tokenizer(
+    storage: Storage, tokenization: str, tokenizer: FastTokenizer, vocabulary: pa.Table, attempt: str
+) -> tuple[StoredObject, ...]:
+    """Store a tokenization's tokenizer and its vocabulary, which its seal lists."""
+    folder = f"tokenizations/{tokenization}"
+    return (
+        write_new(storage, f"{folder}/tokenizer-{attempt}.json", [tokenizer.tokenizer_json]),
+        write_new(storage, f"{folder}/vocabulary-{attempt}.parquet", [parquet_bytes(vocabulary)]),
+    )
+
+
+def commit_seal(
+    store: Store,
+    collection: Collection,
+    corpus: Corpus,
+    tokenizer: FastTokenizer,
+    objects: tuple[StoredObject, ...],
+) -> None:
+    """Seal a tokenization whose units are all committed; one that another process sealed with the same rows is as good.
+
+    Args:
+        store: Where it is; not moved to the new version.
+        collection: The tokenization.
+        corpus: Its corpus.
+        tokenizer: Its tokenizer.
+        objects: From `write_tokenizer`.
+    """
+    n_documents, units = corpus.n_documents, collection.units.values()
+    meta = {
+        "n_documents": n_documents,
+        "n_empty": n_documents - sum(int(u.meta["n_documents"]) for u in units),
+        "n_windows": sum(int(u.meta["n_windows"]) for u in units),
+        "tokenizer_config": {
+            **tokenizer.config,
+            "name": tokenizer.name,
+            "max_length": tokenizer.max_length,
+        },
+    }
+    seal = Seal("tokenization", collection.id, collection.epoch, len(units), collection.rows, objects, meta)
+    try:
+        store.log.commit([seal], txn=uuid.uuid4().hex)
+    except ConflictError as error:
+        if error.kind is not ErrorKind.SEALED:
+            raise
 
 
 def _encode_in_pool(
@@ -308,17 +339,6 @@ def _write_unit(
         attempt=attempt,
         objects=(obj,),
         meta=unit.meta,
-    )
-
-
-def _write_shared(storage: Storage, plan: TokenizationPlan, attempt: str) -> tuple[StoredObject, ...]:
-    """Store the tokenizer and its vocabulary."""
-    folder = f"tokenizations/{plan.id}"
-    sink = pa.BufferOutputStream()
-    pq.write_table(vocabulary_table(plan.tokenizer), sink, compression="zstd", write_page_checksum=True)
-    return (
-        write_new(storage, f"{folder}/tokenizer-{attempt}.json", [plan.tokenizer.tokenizer_json]),
-        write_new(storage, f"{folder}/vocabulary-{attempt}.parquet", [memoryview(sink.getvalue())]),
     )
 
 

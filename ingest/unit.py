@@ -25,7 +25,7 @@ from actstore.codec.sums import Sums, pack_sums
 from actstore.covariance import covariance_key
 from actstore.dtypes import count_nonfinite, stored_dtype
 from actstore.errors import ErrorKind, InvalidInputError
-from actstore.int8 import Int8Transform
+from actstore.int8 import Int8Transform, dequantise
 from actstore.log.values import StoredObject
 from actstore.sampling import kept_offsets
 from actstore.stats import HookPointStats, stats_to_table
@@ -270,11 +270,8 @@ class _UnitWork:
         with self.timed("statistics"):
             stats = unit_stats(name, spec, stored.rows, tokens, int8=transform, error=stored.error)
             if stats.nonfinite and plan.nonfinite == "error":  # an adopted shard, of who knows what policy
-                finite = finite_rows(stored.rows, spec.dtype)
-                assert finite is not None
-                raise _nonfinite_error(
-                    self._unit, name, stats.nonfinite, ~finite, tokens["doc_id"].to_numpy()
-                )
+                bad = _bad_rows(stored.rows, spec, transform)
+                raise _nonfinite_error(self._unit, name, stats.nonfinite, bad, tokens["doc_id"].to_numpy())
             covariance = unit_covariance(spec, stored.rows, int8=transform) if plan.covariance else None
         if covariance is not None:
             self._put(covariance_key(plan.run, name, f"{self._unit:08}-{self._attempt}"), covariance)
@@ -320,6 +317,16 @@ def parquet_bytes(table: pa.Table) -> bytes:
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def _bad_rows(rows: Rows, spec: ShardSpec, transform: Int8Transform | None) -> Mask:
+    """Return which stored rows are read as numbers of which some are not finite."""
+    if transform is not None:  # a foreign row may overflow although its scale is finite
+        rows, dtype = dequantise(rows, transform), "float32"
+    else:
+        dtype = spec.dtype
+    finite = finite_rows(rows, dtype)
+    return np.zeros(len(rows), bool) if finite is None else ~finite
 
 
 def _nonfinite_error(unit: int, name: str, n: int, bad: Mask, doc_ids: Rows) -> InvalidInputError:

@@ -12,12 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actstore.codec.spec import ShardSpec
-from actstore.covariance import covariance_of, merge_covariances, pack_covariance
+from actstore.covariance import covariance_of, pack_covariance
 from actstore.dtypes import to_float32
 from actstore.int8 import Int8Error, Int8Transform, dequantise
 from actstore.stats import HookPointStats, RowTokens, read_stats
-
-__all__ = ["merge_covariances", "unit_covariance", "unit_stats"]
 
 Rows = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]

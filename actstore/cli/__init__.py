@@ -54,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             code: int = args.run(args)
             sys.stdout.flush()
     except ActstoreError as error:
-        return _print_error(error, as_json=as_json)
+        try:
+            code = _print_error(error, as_json=as_json)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_output()
+            code = error.exit_code
     except KeyboardInterrupt:
         print(
             "interrupted: everything committed is safe; run the same command again to go on", file=sys.stderr

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         {
             "run": r.id,
-            "model": str(r.model["source"]),
+            "model": r.model["source"],
             "hook_points": len(r.hook_points),
             "dtype": r.config["dtype"],
             "rows": r.n_rows,
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("run", "model", "hook points", "dtype", "rows", "units", "bytes", "complete"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(f"{v:,}" if type(v) is int else visible(str(v)) for v in row.values()))
+        table.add_row(
+            *(f"{v:,}" if type(v) is int else visible("" if v is None else str(v)) for v in row.values())
+        )
     output_console().print(table if rows else "no runs yet: `actstore ingest` makes one")
     return 0

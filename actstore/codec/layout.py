@@ -94,7 +94,7 @@ class RowLayout:
         base = unit.unit * self.rows_per_unit
         if self.kept is None:
             return np.arange(base + first, base + end, dtype=np.int64)
-        return self.kept.offsets(unit.unit, unit.n_rows)[first:end] + base
+        return self._offsets(unit)[first:end] + base
 
     def span(self, unit: UnitRows, start: int, stop: int) -> tuple[int, int]:
         """Return which of a unit's stored rows have numbers in `[start, stop)`, as `[first, end)`; empty if `end <= first`."""
@@ -104,7 +104,7 @@ class RowLayout:
             return first, min(unit.n_rows, end)
         if end <= first:
             return 0, 0
-        low, high = np.searchsorted(self.kept.offsets(unit.unit, unit.n_rows), [first, end]).tolist()
+        low, high = np.searchsorted(self._offsets(unit), [first, end]).tolist()
         return low, high
 
     def row_ranges(self) -> list[tuple[int, int]]:
@@ -115,7 +115,7 @@ class RowLayout:
         starts = [unit.unit * self.rows_per_unit for unit in self.units]
         if self.kept is None:
             return _joined([(s, s + unit.n_rows) for s, unit in zip(starts, self.units, strict=True)])
-        offsets = [self.kept.offsets(unit.unit, unit.n_rows) for unit in self.units]
+        offsets = [self._offsets(unit) for unit in self.units]
         return [(s + int(o[0]), s + int(o[-1]) + 1) for s, o in zip(starts, offsets, strict=True)]
 
     def existing(self, start: int, stop: int, step: int = 1) -> Int64s:
@@ -178,6 +178,18 @@ class RowLayout:
             found[found] = stored[rank[found]] == offset[here][found]
             places[here[found]] = number * self.stored_rows_per_unit + rank[found]
         return places
+
+    def _offsets(self, unit: UnitRows) -> Int64s:
+        """Return the offsets of the rows that a unit of a sampled run stores."""
+        assert self.kept is not None
+        offsets = self.kept.offsets(unit.unit, unit.n_rows)
+        if len(offsets) != unit.n_rows:
+            raise FormatError(
+                ErrorKind.INVARIANT_BROKEN,
+                f"unit {unit.unit} stores {unit.n_rows} rows of {self.hook_point!r}, and a sample of rate "
+                f"{self.kept.sample.rate:.3g} keeps {len(offsets)} of a full unit: it was written by a faulty program",
+            )
+        return offsets
 
     def _not_found(self, row: int) -> NotFoundError:
         unit, offset = divmod(row, self.rows_per_unit)

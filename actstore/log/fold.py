@@ -75,7 +75,10 @@ class _Change:
     """As the state before has it, or as created now."""
 
     epoch: int
-    units: dict[int, Unit] = field(default_factory=dict)
+    units: dict[int, bytes] = field(default_factory=dict)
+    """New units as entries: a third of a unit's memory, which a long job would otherwise hold for every unit it commits."""
+    keys: list[str] = field(default_factory=list)
+    """Keys of the new units' objects."""
     seal: Seal | None = None
     rows: int = 0
     nbytes: int = 0
@@ -216,11 +219,12 @@ class Fold:
             meta=action.meta,
             version=self.version,
         )
-        change.units[action.unit] = unit
+        entry = change.units[action.unit] = unit_entry(action.kind, action.id, unit)
+        change.keys += [obj.key for obj in unit.objects]
         change.rows += unit.rows
         change.nonfinite += unit.nonfinite
         change.nbytes += sum(obj.nbytes for obj in unit.objects)
-        self._hash += entry_hash(unit_entry(action.kind, action.id, unit))
+        self._hash += entry_hash(entry)
         return True
 
     def _seal(self, action: Seal) -> None:
@@ -309,7 +313,7 @@ class Fold:
     def _live_keys(self) -> set[str]:
         keys = set() if self._state is None else {obj.key for obj in self._state.objects()}
         for change in self._changes.values():
-            keys.update(obj.key for unit in change.units.values() for obj in unit.objects)
+            keys.update(change.keys)
             keys.update(obj.key for obj in (change.seal.objects if change.seal else ()))
         return keys
 
@@ -357,7 +361,7 @@ def _changed(change: _Change) -> Collection:
     return dataclasses.replace(
         base,
         epoch=change.epoch,
-        units=units.updated(change.units) if change.units else units,
+        units=units.with_entries(change.units) if change.units else units,
         seal=change.seal,
         rows=base.rows + change.rows,
         nbytes=base.nbytes + change.nbytes,

@@ -1,7 +1,8 @@
 """How are a hundred thousand units opened in the time it takes to look at a few?
 
-`UnitMap` maps a unit's number to the unit. One that came from a checkpoint stays the line of bytes that it was there until
-someone asks for it; only then is it taken apart and every name and key in it checked. Its hash was checked before.
+`UnitMap` maps a unit's number to the unit. One that came from a checkpoint or was just committed stays the line of bytes
+that it is in a checkpoint until someone asks for it; only then is it taken apart and every name and key in it checked. Its
+hash was checked before.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,12 @@ class UnitMap(ChunkedMap[Unit]):
     @classmethod
     def of_entries(cls, entries: Mapping[int, bytes]) -> "UnitMap":
         """Return a map of units given as their entries (`actstore.log.entries.unit_entry`)."""
+        return cls().with_entries(entries)
+
+    def with_entries(self, entries: Mapping[int, bytes]) -> "UnitMap":
+        """Return a map that has these units too, given as their entries."""
         lazy: Any = entries
-        units = cls.of(lazy)
+        units = self.updated(lazy)
         assert isinstance(units, UnitMap)
         return units
 

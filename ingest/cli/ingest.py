@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import actstore
 from actstore.cli import INTERRUPTED
 from actstore.cli.console import visible_lines
+from actstore.errors import ErrorKind, InvalidInputError
 from actstore.ingest.cli.ingest_options import add_config_arguments, parse_config_arguments
 from actstore.ingest.config import IngestConfig
 from actstore.ingest.job import IngestReport, run_ingest
@@ -42,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-wait", action="store_true", help="with --submit: leave the job to itself")
     parser.add_argument(
         "--entrypoint-python",
-        default="python",
         metavar="PROGRAM",
-        help="with --submit: Python on the cluster",
+        help="with --submit: Python on the cluster (default: python)",
     )
 
 
@@ -54,6 +54,11 @@ def run(args: argparse.Namespace) -> int:
         from actstore.ingest.cli.ingest_submit import submit
 
         return submit(args, store, config)
+    if args.no_wait or args.entrypoint_python is not None:
+        option = "--no-wait" if args.no_wait else "--entrypoint-python"
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"{option} is for a job that is submitted: give --submit, or leave it out"
+        )
     if args.dry_run:
         from actstore.ingest.cli.ingest_dry_run import show_dry_run
 

@@ -73,7 +73,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("settings (keys of the file, with _ for -)")
     where = group.add_mutually_exclusive_group()
-    where.add_argument("--no-ray", action="store_true", help="run in this process")
+    where.add_argument(
+        "--no-ray", action="store_true", help=f'run in this process; in the file: ray_address = "{NO_RAY}"'
+    )
     for known in config_fields().values():
         _add_option(where if known.name == "ray_address" else group, known)
 

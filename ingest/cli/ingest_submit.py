@@ -16,7 +16,7 @@ from actstore.ingest.submit import Outcome, follow, open_client, stop_job, submi
 def submit(args: argparse.Namespace, store: str, config: IngestConfig) -> int:
     """Submit a job, follow it, and return its exit code."""
     client = open_client(args.submit)
-    job = submit_ingest(client, store, config, python=args.entrypoint_python)
+    job = submit_ingest(client, store, config, python=args.entrypoint_python or "python")
     # What is for programs goes to stdout alone.
     out = sys.stderr if args.json else sys.stdout
     done = "submitted" if job.is_new else "found running, and attached to,"

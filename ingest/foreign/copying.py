@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from actstore.codec.spec import ShardSpec
 from actstore.errors import InvalidInputError
 from actstore.ingest.ahead import map_ahead
 from actstore.ingest.committer import KIND, Committer, take_over
 from actstore.ingest.progress import Progress, ProgressCallback
+from actstore.ingest.run_plan import stored_specs
 from actstore.ingest.unit import Rows, RunPlan, UnitWriter, WrittenUnit
 from actstore.log.values import Collection
 from actstore.store import Store
@@ -49,7 +49,7 @@ def copy_units(
         fingerprint=collection.fingerprint,
         epoch=take_over(store.log, collection.id),
         tokenization=tokenization.id,
-        specs=_specs(collection),
+        specs=stored_specs(collection.config),
         rows_per_unit=tokenization.rows_per_unit,
         nonfinite=collection.config["nonfinite"],
     )
@@ -117,17 +117,3 @@ def _work(tokenization: Tokenization) -> Iterator[_Unit]:
     for unit in tokenization.units:
         yield _Unit(unit.unit, first_doc, first_row)
         first_doc, first_row = first_doc + int(unit.meta["n_windows"]), first_row + unit.rows
-
-
-def _specs(collection: Collection) -> dict[str, ShardSpec]:
-    config = collection.config
-    return {
-        h["name"]: ShardSpec(
-            rows_per_shard=int(config["rows_per_shard"][h["name"]]),
-            rows_per_chunk=int(config["rows_per_chunk"][h["name"]]),
-            d_model=int(h["d_model"]),
-            dtype=config["dtype"],
-            codec=config["codec"],
-        )
-        for h in config["hook_points"]
-    }

@@ -22,10 +22,9 @@ from actstore.ingest.token_encoding import EncodedBatch, Template
 from actstore.ingest.token_units import Cut, Start, TokenUnit, UnitPacker, unit_bytes
 from actstore.ingest.tokenization_plan import FORMAT
 from actstore.ingest.tokenizers import FastTokenizer
-from actstore.ingest.tokenizing import find_start
-from actstore.ingest.unit import parquet_bytes
+from actstore.ingest.tokenizing import commit_seal, find_start, write_tokenizer
 from actstore.log import fingerprint
-from actstore.log.values import Action, Add, Collection, Create, Seal
+from actstore.log.values import Action, Add, Collection, Create
 from actstore.storage import write_new
 from actstore.store import Store
 from actstore.tokenization import Tokenization
@@ -204,36 +203,11 @@ class _Writer:
         collection = self.store.state.collection(KIND, self.plan.id)
         if collection.is_sealed:
             return
-        folder = f"tokenizations/{self.plan.id}"
-        objects = (
-            write_new(
-                self.store.storage,
-                f"{folder}/tokenizer-{self.attempt}.json",
-                [self.plan.tokenizer.tokenizer_json],
-            ),
-            write_new(
-                self.store.storage,
-                f"{folder}/vocabulary-{self.attempt}.parquet",
-                [parquet_bytes(self.plan.vocabulary)],
-            ),
+        tokenizer = self.plan.tokenizer
+        objects = write_tokenizer(
+            self.store.storage, self.plan.id, tokenizer, self.plan.vocabulary, self.attempt
         )
-        n_documents, units = self.plan.corpus.n_documents, collection.units.values()
-        meta = {
-            "n_documents": n_documents,
-            "n_empty": n_documents - sum(int(u.meta["n_documents"]) for u in units),
-            "n_windows": sum(int(u.meta["n_windows"]) for u in units),
-            "tokenizer_config": {
-                **self.plan.tokenizer.config,
-                "name": self.plan.tokenizer.name,
-                "max_length": self.plan.tokenizer.max_length,
-            },
-        }
-        seal = Seal(KIND, self.plan.id, collection.epoch, len(units), collection.rows, objects, meta)
-        try:
-            self.store.log.commit([seal], txn=uuid.uuid4().hex)
-        except ConflictError as error:
-            if error.kind is not ErrorKind.SEALED:
-                raise  # sealed by another process with the same rows is as good
+        commit_seal(self.store, collection, self.plan.corpus, tokenizer, objects)
 
 
 def document_numbers(batch: TokenBatch) -> list[int]:

@@ -1,4 +1,4 @@
-"""Run the benchmarks and print them as the table of the README: `python -m tests.benchmarks [storage|open|capture|stats|ingest]`.
+"""Run the benchmarks and print them as the table of the README: `python -m tests.benchmarks [PART ...]`, see `PARTS`.
 
 Every figure is a ratio to a floor measured in the same run, or a time; medians, because machines are shared and noisy.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from tests.benchmarks import (
     bench_capture,
+    bench_committer,
     bench_ingest,
     bench_open,
     bench_stats,
@@ -61,6 +62,12 @@ def workers() -> Iterator[Row]:
         yield name, f"{ratio:.2f}", f"{note}; target {target}"
 
 
+def jobs() -> Iterator[Row]:
+    """Scheduler and committer with two hundred made-up workers."""
+    for name, value, unit, note in bench_committer.run():
+        yield name, f"{value:.3g} {unit}", note
+
+
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "storage": storage,
     "open": opening,
@@ -68,6 +75,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "stats": stats,
     "ingest": ingest,
     "workers": workers,
+    "jobs": jobs,
 }
 
 

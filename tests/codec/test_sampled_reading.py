@@ -169,7 +169,7 @@ def test_only_the_units_asked_for_are_hashed(memory):
     acts = Activations(storage, run, HOOK)
     layout = acts.layout
     unit = layout.units[0]
-    many = tuple(replace(unit, unit=number) for number in range(100_000))
+    many = tuple(replace(unit, unit=number, n_rows=20) for number in range(100_000))
     huge = replace(layout, units=many)
     tracemalloc.start()
     found = huge.existing(128 * 77_777, 128 * 77_779)
@@ -329,6 +329,25 @@ def test_more_rows_than_places(memory):
     run = make(storage)
     with pytest.raises(FormatError, match="units have at most"):
         Activations(storage, replace(run, config={**run.config, "stored_rows_per_unit": 16}), HOOK)
+
+
+def test_more_rows_than_a_full_unit_keeps(memory):
+    """Then row numbers and stored rows would not go together: no answer is given."""
+    storage = memory()
+    run = make_run(storage, spec=SPEC, rows_per_unit=128, unit_rows={0: 128}, sample=SAMPLE)
+    stored = run.units[0].rows
+    run = replace(run, config={**run.config, "sample": {**run.config["sample"], "rate": 0.29}})
+    acts = Activations(storage, run, HOOK)
+    assert len(kept({0: 128}, 128, Sample(0.29, 11))) < stored == len(acts)
+    for call in (
+        lambda: acts.rows(5),
+        lambda: acts.row_ranges,
+        lambda: list(acts.scan()),
+        lambda: list(acts.shuffled()),
+    ):
+        with pytest.raises(FormatError, match="of a full unit") as caught:
+            call()
+        assert caught.value.kind is ErrorKind.INVARIANT_BROKEN
 
 
 def test_a_run_of_pooled_vectors_has_no_rows(memory):

@@ -105,7 +105,7 @@ def test_what_is_predicted_is_what_is_stored(made, name):
             assert amount.nbytes == nbytes[hook_point], hook_point
         else:
             assert 0.7 * nbytes[hook_point] < amount.nbytes < 1.4 * nbytes[hook_point]
-    for folder in ("sums", "metadata"):
+    for folder in ("sums", "metadata", "covariance"):
         if folder in cost.other:
             assert cost.other[folder] == Amount(objects[folder], nbytes[folder])
     for folder in ("stats", "covariance", "pooled"):

@@ -208,7 +208,7 @@ def test_an_interrupt_before_any_unit_runs_ends_the_job_at_once(made):
 
     class Interrupted(synthetic.SyntheticBackend):
         def describe(self):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return super().describe()
 
     with pytest.raises(KeyboardInterrupt):

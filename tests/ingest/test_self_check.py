@@ -5,22 +5,23 @@ import json
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import actstore
 from actstore.errors import ErrorKind, InvalidInputError
-from actstore.ingest import IngestConfig, import_corpus
+from actstore.ingest import IngestConfig, import_corpus, tokenize_corpus
 from actstore.ingest import run as run_ingest
 from actstore.ingest.backend import LocalBackend
-from actstore.ingest.check_documents import DocumentTokens
+from actstore.ingest.check_documents import DocumentTokens, pool
 from actstore.ingest.check_rows import Difference, compare_rows, int8_bounds
 from actstore.ingest.dry_run import dry_run
 from actstore.ingest.self_check import _drawn, check_run, describe_check
 from actstore.ingest.unit import UnitWriter
 from actstore.int8 import dequantise, fit_int8, quantise
-from tests.ingest import synthetic, tiny_models
+from tests.ingest import kept, synthetic, tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +219,30 @@ def test_documents_are_found_with_all_their_windows(made):
         ]
         assert found == expected
         assert all(len(set(t["window"].to_pylist())) == 1 for _, t in tokens.windows(doc_id))
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(("window", "overlap"), [(3, 0), (5, 0), (8, 0), (8, 3)])
+def test_vectors_are_pooled_again_the_same_way(tmp_path, window, overlap, special):
+    """Also where the text itself has special tokens at the edges of windows, beside those that a template puts there."""
+    store = actstore.open(f"memory://pool-{window}-{overlap}-{special}", create=True, cache_dir=tmp_path)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(["w1", "w2", "[SEP]", "[CLS]"], int(rng.integers(25)))) for _ in range(12)]
+    import_corpus(store, "words", texts)
+    tokenizer = kept.framed_tokenizer(tmp_path / "tokenizer")
+    report = tokenize_corpus(
+        store.refresh(), "words", tokenizer, window=window, overlap=overlap, rows_per_unit=32
+    )
+    tokenization = store.refresh().tokenization(report.id)
+    kind = kept.KeptRun(store, "r", tokenization, keep=("pooled",), pool_special=special)
+    run, captured, tokens = kind.finish(), kind.captured("embed"), DocumentTokens(tokenization)
+    for pooling in run.poolings:
+        found = run.pooled("embed", pooling).to_numpy(include_empty=True)
+        for doc_id, vector in zip(found.doc_ids.tolist(), found.vectors, strict=True):
+            windows = list(tokens.windows(doc_id))
+            rows_td = np.concatenate([captured[u][t["row"].to_numpy() - 32 * u] for u, t in windows])
+            again = pool(pa.concat_tables([t for _, t in windows]), rows_td, pooling, special)
+            np.testing.assert_allclose(again[0], vector, rtol=1e-5, atol=1e-5)
 
 
 def rows(seed, n=20, d=16):

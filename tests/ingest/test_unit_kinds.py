@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import actstore
+from actstore.codec.decode import decode_shard
+from actstore.codec.encode import encode_shard
 from actstore.codec.spec import ShardSpec
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.ingest.shards import store_rows
@@ -121,6 +123,48 @@ def test_adopted_shards(store, tokenization, settings):
             np.testing.assert_allclose(error.squared_error, (difference**2).sum(), rtol=1e-9)
             np.testing.assert_allclose(error.largest, np.abs(difference).max(), rtol=1e-9)
     assert fsck(store.storage, deep=True).is_clean
+
+
+@pytest.mark.parametrize("was_finite", [True, False])
+def test_adopted_int8_rows_of_which_others_are_finite(store, tokenization, was_finite):
+    """The error of int8 compares what is finite on both sides, and is a number."""
+    is_broken = not was_finite
+
+    def value(tokens, width):
+        rows = kept.activations(tokens, width)
+        if is_broken:
+            rows[3, 2] = np.nan
+        return rows
+
+    earlier = KeptRun(store, "r", tokenization, value=value, dtype="int8", nonfinite="mask")
+    for unit in tokenization.units:
+        earlier.write(unit.unit)
+    is_broken = was_finite
+    run = KeptRun(store, "r", tokenization, value=value, dtype="int8", nonfinite="mask").finish()
+    for name, width in HOOK_POINTS.items():
+        stats = run.stats(name)
+        n_broken = len(tokenization.units)
+        assert stats.nonfinite == (0 if was_finite else n_broken * width)
+        assert stats.int8_error.n_values == (tokenization.n_rows - n_broken) * width
+        assert stats.int8_error.largest < 0.1
+        assert stats.int8_error.relative < 0.01
+
+
+def test_adopted_int8_rows_that_overflow_are_refused(store, tokenization):
+    """A foreign row may have a finite scale and still be read with an infinity."""
+    kind = KeptRun(store, "r", tokenization, dtype="int8")
+    unit = kind.write(0)
+    (shard,) = [o for o in unit.objects if "/embed/c/" in o.key]
+    spec, transform = kind.plan.specs["embed"], kind.plan.int8["embed"]
+    rows = decode_shard(spec, store.storage.get(shard.key), n_rows=unit.rows, key=shard.key)
+    rows[5, 1] = 127
+    rows[5, -4:] = np.array([3e38], "<f4").view(np.int8)
+    assert np.isinf(dequantise(rows[5:6], transform)).any()
+    store.storage.delete(shard.key)
+    store.storage.put_new(shard.key, encode_shard(spec, rows).buffers)
+    with pytest.raises(InvalidInputError, match="activations of 'embed' in 1 rows") as caught:
+        kind.write(0)
+    assert caught.value.kind is ErrorKind.NON_FINITE
 
 
 @pytest.mark.parametrize("settings", [{"rate": 0.1}, {"dtype": "int8"}, {"keep": ("pooled",)}, {}], ids=str)

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 
 from actstore.codec.spec import plan_spec
-from actstore.covariance import parse_covariance
+from actstore.covariance import merge_covariances, parse_covariance
 from actstore.dtypes import to_float32, to_stored
-from actstore.ingest.unit_stats import merge_covariances, unit_covariance, unit_stats
+from actstore.ingest.unit_stats import unit_covariance, unit_stats
 from actstore.int8 import dequantise, fit_int8, int8_error, quantise
 from actstore.stats import merge_stats
 
