@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,6 +52,9 @@ class ObjectReader:
         self._room = 0
         """Bytes of new copies before the folder must be looked at again."""
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_reopen, (self.storage, self._cache_dir, self._cache_bytes))
 
     def read(self, obj: StoredObject) -> bytes:
         """Return the whole object, checked.
@@ -177,3 +181,7 @@ class ObjectReader:
                     os.unlink(folder / name)
                 total -= size
         return total
+
+
+def _reopen(storage: Storage, cache_dir: Path | None, cache_bytes: int) -> ObjectReader:
+    return ObjectReader(storage, cache_dir=cache_dir, cache_bytes=cache_bytes)

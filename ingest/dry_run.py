@@ -5,20 +5,19 @@ tokenization, or counted or estimated (`planned_tokens.py`). Nothing is written 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actstore.dtypes import stored_dtype
-from actstore.errors import ConflictError, ErrorKind
 from actstore.int8 import Int8Transform
 from actstore.log import fingerprint
 from actstore.log.values import Collection
 from actstore.store import Store
 
-from .config import IngestConfig, config_differences
+from .config import IngestConfig
 from .cost import (
     Amount,
     Cost,
@@ -32,7 +31,7 @@ from .cost import (
 )
 from .planned_tokens import PlannedTokens, plan_tokens
 from .probe import Probe
-from .run_plan import make_plan, run_config
+from .run_plan import check_same_config, make_plan, run_config, tokenize_settings
 from .unit import RunPlan
 
 if TYPE_CHECKING:
@@ -189,18 +188,6 @@ def _is_complete(store: Store, config: IngestConfig) -> bool:
     return existing is not None and existing.is_sealed
 
 
-def tokenize_settings(config: IngestConfig, model: "ModelDescription") -> dict[str, Any]:
-    """Return how an ingest has a corpus tokenized, as arguments of `tokenize_corpus`."""
-    from .job import _MAX_WINDOW
-
-    return {
-        "revision": None if config.tokenizer else config.revision,
-        "window": config.window or min(model.context or 1024, _MAX_WINDOW),
-        "overlap": config.overlap,
-        "rows_per_unit": config.rows_per_unit,
-    }
-
-
 def check_fits(store: Store, found: DryRun) -> None:
     """Raise if the store's disk cannot hold what was found.
 
@@ -230,21 +217,6 @@ def _plan(store: Store, config: IngestConfig, model: "ModelDescription", planned
         ),
         epoch=0,
     )
-
-
-def check_same_config(existing: Collection, wanted: Mapping[str, Any]) -> None:
-    """Raise if a run that exists has another configuration than is asked for.
-
-    Raises:
-        ConflictError: CONFIG_DIFFERS: it has; the message lists the differences.
-    """
-    if existing.fingerprint != fingerprint(wanted):
-        lines = "\n  ".join(config_differences(existing.config, wanted))
-        raise ConflictError(
-            ErrorKind.CONFIG_DIFFERS,
-            f"run {existing.id!r} exists with another configuration (stored -> asked):\n  {lines}\n"
-            "Give the same settings to go on with it, or another run name",
-        )
 
 
 def _describe(

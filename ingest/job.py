@@ -16,7 +16,6 @@ from typing import Any
 
 import actstore
 from actstore.errors import ConflictError, ErrorKind, InvalidInputError
-from actstore.log import fingerprint
 from actstore.log.values import Collection, Create
 from actstore.store import Store, open_store
 from actstore.tokenization import Tokenization
@@ -30,14 +29,14 @@ from .flow import Counters, Outcome, Progress
 from .host import ModelDescription
 from .report import IngestReport as IngestReport
 from .report import failure_error, make_report, nothing_succeeded, with_documents
-from .run_plan import dtype_to_store, make_plan
+from .run_plan import check_same_config, dtype_to_store, make_plan, tokenize_settings
 from .run_plan import run_config as run_config
 from .scheduler import Limits, Scheduler
 from .signals import stop_on_signals
+from .tokenization_plan import plan_tokenization
 from .tokenizing import tokenize_corpus
 from .unit import RunPlan, WrittenUnit
 
-_MAX_WINDOW = 4096
 _BACKLOG_BATCHES = 4
 """Batches that may be written and not committed before no unit is started any more."""
 
@@ -94,7 +93,8 @@ def run_ingest(
         tokenization = _tokenize(store, config, model, events.say)
         collection = _create_or_find(store, config, backend, model, tokenization, events.say)
         if collection.is_sealed:
-            events.say(f"run {config.run} is complete already")
+            checked = "; its self-check is the one made when it was completed" if config.self_check else ""
+            events.say(f"run {config.run} is complete already{checked}")
             return make_report(store, config.run, events=events)
         # Only now: before, there is no unit to wait for, and an interrupt should end loading or tokenizing at once.
         with stop_on_signals(stop, events.say):
@@ -112,14 +112,12 @@ def _tokenize(
             ErrorKind.BAD_ARGUMENT,
             f"window is {config.window} tokens, but {config.model!r} has a context of {model.context}: choose at most that",
         )
+    _check_same_tokenization(store, config, model)
     report = tokenize_corpus(
         store,
         config.corpus,
         config.tokenizer or config.model,
-        revision=None if config.tokenizer else config.revision,
-        window=config.window or min(model.context or 1024, _MAX_WINDOW),
-        overlap=config.overlap,
-        rows_per_unit=config.rows_per_unit,
+        **tokenize_settings(config, model),
     )
     tokenization = store.refresh().tokenization(report.id)
     largest = max(tokenization.vocabulary()["token_id"].to_pylist(), default=-1)
@@ -130,6 +128,28 @@ def _tokenize(
             "they do not belong together; give the model's own tokenizer",
         )
     return tokenization
+
+
+def _check_same_tokenization(store: Store, config: IngestConfig, model: ModelDescription) -> None:
+    """Raise before anything is tokenized for a run that was begun over another tokenization.
+
+    Raises:
+        ConflictError: CONFIG_DIFFERS: the settings of the two.
+    """
+    existing = store.state.collections.get((KIND, config.run))
+    if existing is None:
+        return
+    planned = plan_tokenization(
+        store, config.corpus, config.tokenizer or config.model, **tokenize_settings(config, model)
+    )
+    if planned.id != existing.config["tokenization"]:
+        stored = store.state.collection("tokenization", existing.config["tokenization"])
+        lines = "\n  ".join(config_differences(stored.config, planned.config))
+        raise ConflictError(
+            ErrorKind.CONFIG_DIFFERS,
+            f"run {config.run!r} exists over another tokenization (stored -> asked):\n  {lines}\n"
+            "Give the same settings to go on with it, or another run name",
+        )
 
 
 def _create_or_find(
@@ -152,13 +172,7 @@ def _create_or_find(
                 raise
         existing = store.refresh().state.collection(KIND, config.run)
     wanted, _ = run_config(config, model, tokenization, existing=existing.config)
-    if existing.fingerprint != fingerprint(wanted):
-        lines = "\n  ".join(config_differences(existing.config, wanted))
-        raise ConflictError(
-            ErrorKind.CONFIG_DIFFERS,
-            f"run {config.run!r} exists with another configuration (stored -> asked):\n  {lines}\n"
-            "Give the same settings to go on with it, or another run name",
-        )
+    check_same_config(existing, wanted)
     return existing
 
 

@@ -211,6 +211,7 @@ def _from_pretrained(
     from transformers import AutoConfig, AutoModel
 
     placement: dict[str, Any] = {}
+    model = None
     if device_map is not None:
         # For weights that have to be rewritten before they can be read from disk; mostly it stays empty.
         folder = tempfile.mkdtemp(prefix="actstore-offload-")
@@ -238,8 +239,6 @@ def _from_pretrained(
                 output_loading_info=True,
                 **placement,
             )
-        if placement:
-            weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     except InvalidInputError:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -248,6 +247,11 @@ def _from_pretrained(
             f"model {source!r} cannot be loaded: {error}. It must be of an architecture that the installed transformers"
             " has, with safetensors weights and no code of its own; check its files and the arguments",
         ) from error
+    finally:
+        if placement and model is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif placement:
+            weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     _check_complete(source, model, set(loading["missing_keys"]))
     return model
 

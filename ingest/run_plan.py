@@ -9,16 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from actstore.codec.spec import ShardSpec, plan_spec
-from actstore.errors import ErrorKind, InvalidInputError
+from actstore.errors import ConflictError, ErrorKind, InvalidInputError
 from actstore.int8 import Int8Transform
+from actstore.log import fingerprint
 from actstore.log.values import Collection
 from actstore.sampling import most_kept, plan_stored_rows
 from actstore.tokenization import Tokenization
 
 from .batches import BATCH_PLAN_VERSION
-from .config import DTYPES, KEEPS, POOLINGS, IngestConfig
+from .config import DTYPES, KEEPS, POOLINGS, IngestConfig, config_differences
 from .host import ModelDescription
 from .unit import RunPlan
+
+MAX_WINDOW = 4096
+"""Of models that would take more: attention's cost grows with its square."""
 
 
 def dtype_to_store(config: IngestConfig, model: ModelDescription) -> str:
@@ -35,6 +39,31 @@ def dtype_to_store(config: IngestConfig, model: ModelDescription) -> str:
             f"codec 'cold' is for bfloat16 and would barely shrink {stored}: store bf16, or use hot or lz4",
         )
     return stored
+
+
+def tokenize_settings(config: IngestConfig, model: ModelDescription) -> dict[str, Any]:
+    """Return how an ingest has a corpus tokenized, as arguments of `tokenize_corpus`."""
+    return {
+        "revision": None if config.tokenizer else config.revision,
+        "window": config.window or min(model.context or 1024, MAX_WINDOW),
+        "overlap": config.overlap,
+        "rows_per_unit": config.rows_per_unit,
+    }
+
+
+def check_same_config(existing: Collection, wanted: Mapping[str, Any]) -> None:
+    """Raise if a run that exists has another configuration than is asked for.
+
+    Raises:
+        ConflictError: CONFIG_DIFFERS: it has; the message lists the differences.
+    """
+    if existing.fingerprint != fingerprint(wanted):
+        lines = "\n  ".join(config_differences(existing.config, wanted))
+        raise ConflictError(
+            ErrorKind.CONFIG_DIFFERS,
+            f"run {existing.id!r} exists with another configuration (stored -> asked):\n  {lines}\n"
+            "Give the same settings to go on with it, or another run name",
+        )
 
 
 def run_config(

@@ -335,5 +335,6 @@ def _nonfinite_error(unit: int, name: str, n: int, bad: Mask, doc_ids: Rows) -> 
     return InvalidInputError(
         ErrorKind.NON_FINITE,
         f"unit {unit}: {n} activations of {name!r} in {int(bad.sum())} rows are NaN or infinite (documents {shown}); the "
-        "unit was not stored. Check the model, compute in float32 or bfloat16, or store and count them with nonfinite='mask'",
+        "unit was not stored. Check the model, compute in float32 or bfloat16, or, under another run name, store and count them "
+        "with nonfinite='mask'",
     )

@@ -113,7 +113,7 @@ def _number(value: float | None) -> float | None:
 
 def _print(summary: Mapping[str, Any], hook_points: Sequence[Mapping[str, Any]]) -> None:
     console = output_console()
-    flat = {f"model {k}": v for k, v in summary["model"].items()}
+    flat = {f"model {k}": v for k, v in summary["model"].items() if v is not None}
     shown = dict(summary, keep=", ".join(summary["keep"]), poolings=", ".join(summary["poolings"]))
     shown["self_check"] = _shown_check(summary["self_check"])
     shown["quarantined"] = "; ".join(f"unit {unit}: {why}" for unit, why in summary["quarantined"].items())

@@ -357,7 +357,8 @@ def _exists(action: Create, known: Collection) -> ConflictError:
 
 def _changed(change: _Change) -> Collection:
     base = change.base
-    units = base.units if isinstance(base.units, UnitMap) else UnitMap.of(base.units)
+    units = base.units
+    assert isinstance(units, UnitMap)  # nothing else makes the collections of a State
     return dataclasses.replace(
         base,
         epoch=change.epoch,

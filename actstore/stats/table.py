@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore.errors import ErrorKind, FormatError
 from actstore.int8 import Int8Error
 from actstore.stats.sinks import RowNorms
 from actstore.stats.sketch import ValueSketch
@@ -116,6 +117,11 @@ def run_stats(run: "Run", hook_points: Iterable[str] | None = None) -> dict[str,
     for obj in seal.objects if seal is not None else (o for u in units for o in u.objects):
         if is_stats_key(collection.id, obj.key):
             found = stats_from_table(run.store.objects.table(obj), names)
+            if missing := set(names) - set(found):
+                raise FormatError(
+                    ErrorKind.INVARIANT_BROKEN,
+                    f"{obj.key!r} has no statistics of {', '.join(sorted(missing))}: a faulty writer wrote it; ingest again",
+                )
             for name in names:
                 totals[name] = merge_stats(totals[name], found[name])
     return totals

@@ -101,7 +101,7 @@ def test_running_again_changes_nothing(made):
         ({"dtype": "bf16"}, "dtype: 'float32' -> 'bfloat16'"),
         ({"codec": "lz4"}, "codec: 'hot' -> 'lz4'"),
         ({"batch_tokens": 77}, "batch_tokens: 8192 -> 77"),
-        ({"window": 8}, "tokenization:"),
+        ({"window": 8}, "window: 16 -> 8"),
     ],
 )
 def test_another_configuration_under_the_same_name_is_refused_with_the_difference(made, change, shown):

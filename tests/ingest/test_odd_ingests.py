@@ -1,9 +1,13 @@
 """What a new user stumbled over: each once, so that it does not come back."""
 
+import dataclasses
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +16,13 @@ import pytest
 
 import actstore
 from actstore.cli import main
-from actstore.errors import InvalidInputError
+from actstore.errors import ConflictError, FormatError, InvalidInputError
 from actstore.ingest import IngestConfig, import_corpus
 from actstore.ingest import run as run_ingest
 from actstore.ingest.config_file import parse_config
 from actstore.ingest.dry_run import dry_run
+from actstore.ingest.models import load_model
+from actstore.stats import run_stats
 from tests.ingest import synthetic, tiny_models
 
 
@@ -99,3 +105,55 @@ def test_a_reader_that_left_before_an_error_was_printed(tmp_path):
         os.close(write)
     assert done.returncode == 3
     assert done.stderr == ""
+
+
+def test_a_model_that_does_not_load_leaves_no_folder(tmp_path, monkeypatch):
+    """The one for weights on disk; with a model that loads, it goes when the model does."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(InvalidInputError, match="cannot be loaded"):
+        load_model(tiny_models.cached("gpt2"), device_map="auto", attn_implementation="no-such")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pooled")
+    url = str(folder / "store")
+    tokenizer = synthetic.make_corpus(url, folder / "tokenizer")
+    config = synthetic.config(tokenizer, run="r", keep=["dense", "pooled"])
+    assert run_ingest(url, config, backend=synthetic.SyntheticBackend()).is_complete
+    return url, config
+
+
+@pytest.mark.parametrize("change", [{"window": 8}, {"rows_per_unit": 128}], ids=str)
+def test_a_run_over_another_tokenization_is_refused_before_anything_is_tokenized(pooled, change):
+    url, config = pooled
+    other = dataclasses.replace(config, **change)
+    before = actstore.open(url).version
+    (name, value), *_ = change.items()
+    with pytest.raises(
+        ConflictError, match=rf"exists over another tokenization.*\n  .*{name}: \d+ -> {value}"
+    ):
+        run_ingest(url, other, backend=synthetic.SyntheticBackend())
+    assert actstore.open(url).version == before
+
+
+def test_pooled_vectors_go_to_other_processes(pooled):
+    run = actstore.open(pooled[0]).run("r")
+    here = run.pooled("layers.0.resid_post", "max")
+    there = pickle.loads(pickle.dumps(here))
+    np.testing.assert_array_equal(there.to_numpy().vectors, here.to_numpy().vectors)
+
+
+def test_statistics_without_a_hook_point_are_named(pooled, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(pooled[0], folder)
+    run = actstore.open(str(folder)).run("r")
+    with pytest.raises(FormatError, match=r"stats/all-.* has no statistics of layers\.9"):
+        run_stats(_with_hook_point(run, "layers.9.resid_post"), ["layers.9.resid_post"])
+
+
+def _with_hook_point(run, name):
+    """The run as a faulty writer's manifest would have it: with a hook point that its statistics lack."""
+    config = {**run.config, "hook_points": [*run.config["hook_points"], {"name": name, "d_model": 8}]}
+    return dataclasses.replace(run, collection=dataclasses.replace(run.collection, config=config))
