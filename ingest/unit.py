@@ -112,6 +112,34 @@ class WrittenUnit:
     """Seconds spent in `read`, `forward`, `pool`, `statistics`, `encode`, `write`; waiting for a turn is in none."""
 
 
+class Buffers:
+    """Memory of rows that were written, for the rows of the next unit: fresh pages from the kernel cost as much as hashing.
+
+    Holds what the units in flight held and no more.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Rows]] = {}
+
+    def take(self, n_rows: int, most_rows: int, width: int, dtype: np.dtype[Any]) -> Rows:
+        """Return an array `(n_rows, width)` that holds anything; `most_rows` is what any unit may need."""
+        nbytes = most_rows * width * dtype.itemsize
+        try:
+            raw = self._free.get(
+                nbytes, []
+            ).pop()  # a list's own operations are atomic: two threads may do this at once
+        except IndexError:
+            raw = np.empty(nbytes, np.uint8)
+        return raw[: n_rows * width * dtype.itemsize].view(dtype).reshape(n_rows, width)
+
+    def give(self, rows: Rows) -> None:
+        """Take back an array that `take` gave and nothing refers to any more."""
+        raw = rows
+        while isinstance(raw.base, np.ndarray):
+            raw = raw.base
+        self._free.setdefault(raw.nbytes, []).append(raw)
+
+
 class UnitWriter:
     """Runs units of one run. Two threads may call `run_unit` at once: one computes while the other writes.
 
@@ -127,6 +155,7 @@ class UnitWriter:
         self._plan = plan
         self._capture = capture
         self._forward = threading.Lock()
+        self._spare = Buffers()
 
     def run_unit(self, unit: int) -> WrittenUnit:
         """Compute and store one unit; safe to repeat.
@@ -135,13 +164,13 @@ class UnitWriter:
             InvalidInputError: activations that are not finite under policy `error`, or too large for the dtype.
             StorageError, FormatError: the storage failed or holds something else under one of the unit's keys.
         """
-        work = _UnitWork(self._storage, self._tokenization, self._plan, unit)
+        work = _UnitWork(self._storage, self._tokenization, self._plan, unit, self._spare)
         tokens, starts = work.read()
         token_ids = tokens["token_id"].to_numpy()
         with self._forward, work.timed("forward"):
             dtype = stored_dtype(self._plan.capture_dtype)
             out = {
-                name: np.empty((len(token_ids), spec.d_model), dtype)
+                name: self._spare.take(len(token_ids), self._plan.rows_per_unit, spec.d_model, dtype)
                 for name, spec in self._plan.specs.items()
             }
             forwarded = self._capture(token_ids, starts, out)
@@ -152,7 +181,10 @@ class UnitWriter:
 class _UnitWork:
     """One attempt at one unit."""
 
-    def __init__(self, storage: Storage, tokenization: Tokenization, plan: RunPlan, unit: int) -> None:
+    def __init__(
+        self, storage: Storage, tokenization: Tokenization, plan: RunPlan, unit: int, spare: "Buffers"
+    ) -> None:
+        self._spare = spare
         self._storage = storage
         self._tokenization = tokenization
         self._plan = plan
@@ -198,7 +230,6 @@ class _UnitWork:
                     pooling.add(name, rows, plan.capture_dtype, finite[name])
             if "dense" in plan.keep:
                 stored = self._store(name, spec, rows, kept)
-                del rows
                 self._objects += stored.objects
                 sums[name] = stored.sums
                 stats.append(self._describe(name, spec, stored, tokens))
@@ -206,6 +237,9 @@ class _UnitWork:
             else:
                 captured = StoredRows((), np.empty(0, np.uint32), rows, None)
                 stats.append(self._describe(name, replace(spec, dtype=plan.capture_dtype), captured, tokens))
+                del captured
+            self._spare.give(rows)
+            del rows
         self._write_small(stats, sums, pooling)
         return WrittenUnit(
             unit=self._unit,

@@ -25,6 +25,10 @@ _TMP = ".tmp"
 _STALE_TMP_S = 86_400.0
 """Age in seconds from which a file in `.tmp` counts as left by a crash. A writer that is slower loses its attempt only."""
 
+_UNCACHED_BYTES = 1 << 20
+"""Objects of this size leave the page cache once they are durable: a harvest of terabytes would push out everything else, and
+the kernel would look for fresh pages for every shard, which can cost more than writing it."""
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR})
@@ -213,6 +217,8 @@ class LocalStorage:
                 durable.write_all(fd, views)
                 if sync:
                     os.fsync(fd)
+                    if sum(view.nbytes for view in views) >= _UNCACHED_BYTES and hasattr(os, "posix_fadvise"):
+                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
         except BaseException:
