@@ -68,6 +68,7 @@ class LocalBackend:
         """Interrupt the units that run, if any, and wait for them to end."""
         if self._pool is not None:
             self._pool.close()
+        self._host.close()
 
 
 def open_backend(config: IngestConfig, store: Store, *, events: JobEvents | None = None) -> Backend:

@@ -18,6 +18,7 @@ from .capture import Capturer
 from .check_documents import check_documents
 from .check_rows import DocumentCheck
 from .config import DTYPES, IngestConfig
+from .host_memory import keep_freed_memory, release_freed_memory
 from .models import load_model
 from .probe import Probe, run_probe
 from .self_test import self_test
@@ -109,6 +110,11 @@ class ModelHost:
         """Compute units again after `stop`."""
         self._stop.clear()
 
+    def close(self) -> None:
+        """Give back what memory the process kept for the next batch."""
+        if self._capturer is not None and self._capturer.loaded.device.type == "cpu":
+            release_freed_memory()
+
     def calibrate(self, token_ids: Rows, window_starts: Rows) -> dict[str, Moments]:
         """Return mean and standard deviation of every hook point's channels; see `calibrate.measure_moments`."""
         self.describe()
@@ -157,6 +163,8 @@ class ModelHost:
             device_map=config.device_map,
             hook_points=list(config.hook_points),
         )
+        if loaded.device.type == "cpu":
+            keep_freed_memory()
         names = loaded.map.resolve(list(config.hook_points))
         report = self_test(loaded, names)
         self._capturer = Capturer(loaded, names, equal_lengths=report.equal_lengths)

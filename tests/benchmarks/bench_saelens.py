@@ -22,7 +22,7 @@ import numpy as np
 PEER = Path("build/peers/saelens/bin/python")
 CONTEXT, N_WINDOWS, BATCH_ROWS, N_LAYERS, D_MODEL = 128, 2_048, 16, 4, 256
 ROUNDS = 3
-ROWS_PER_UNIT = 65_536
+ROWS_PER_UNIT = 16_384
 
 
 def make_inputs(folder: Path) -> None:
