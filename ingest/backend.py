@@ -16,6 +16,9 @@ from .host import ModelDescription, ModelHost
 from .local_pool import LocalPool
 from .unit import RunPlan, WrittenUnit
 
+STREAMS = 2
+"""Units computed at once on a CPU: one more is written meanwhile."""
+
 
 class Backend(Protocol):
     """What a job needs from where it runs."""
@@ -40,7 +43,7 @@ class LocalBackend:
     """Everything in this process."""
 
     def __init__(self, config: IngestConfig) -> None:
-        self._host = ModelHost(config, threads=None)
+        self._host = ModelHost(config, threads=None, streams=STREAMS)
         self._pool: LocalPool | None = None
         self._committer: Committer | None = None
 
@@ -56,7 +59,11 @@ class LocalBackend:
         """Return two threads around the one model."""
         self._committer = Committer(store.log, store.objects, plan)
         self._host.resume()
-        self._pool = LocalPool(lambda unit: self._host.run_unit(store, plan, unit), interrupt=self._host.stop)
+        self._pool = LocalPool(
+            lambda unit: self._host.run_unit(store, plan, unit),
+            threads=self._host.in_flight,
+            interrupt=self._host.stop,
+        )
         return self._pool
 
     def commit(self, units: Sequence[WrittenUnit]) -> None:

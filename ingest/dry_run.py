@@ -54,14 +54,16 @@ class Memory:
     batch: int
     """On the device: what one forward pass holds at once."""
     units: int
-    """In main memory: two units' rows of every hook point."""
+    """In main memory: the rows of every hook point of the units in flight."""
     peak_device: int | None
     """Most that the probe saw on the device; None where it is not counted."""
     formula: str = (
         "parameters + batch_tokens x (6 hidden + 3 intermediate + 2 x captured columns) x bytes of a number"
         " [+ batch_tokens x window x heads x 4 where attention is eager] on the device;"
-        " 2 units x rows_per_unit x captured columns x bytes of a number in main memory"
+        " units in flight x rows_per_unit x captured columns x bytes of a number in main memory"
     )
+    n_units: int = 2
+    """Units in flight: one is computed, one written; without Ray, where a CPU may compute two, 3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +289,8 @@ def _measured(plan: RunPlan, probe: Probe) -> Measured:
 def _memory(
     config: IngestConfig, model: "ModelDescription", planned: PlannedTokens, plan: RunPlan, probe: Probe
 ) -> Memory:
+    from .backend import STREAMS
+
     number = stored_dtype(model.compute_dtype).itemsize
     columns = sum(spec.d_model for spec in plan.specs.values())
     hidden = probe.context.get("hidden_size", 0)
@@ -298,11 +302,13 @@ def _memory(
     scores = config.batch_tokens * window * probe.context.get("num_attention_heads", 0) * 4 if eager else 0
     unit_rows = min(plan.rows_per_unit, planned.n_rows)
     captured = stored_dtype(plan.capture_dtype).itemsize
+    streams = STREAMS if config.ray_address is None and probe.peak_device_bytes is None else 1
     return Memory(
         parameters=probe.parameter_bytes,
-        batch=batch * number + scores,
-        units=2 * unit_rows * columns * captured,
+        batch=streams * (batch * number + scores),
+        units=(streams + 1) * unit_rows * columns * captured,
         peak_device=probe.peak_device_bytes,
+        n_units=streams + 1,
     )
 
 

@@ -3,9 +3,12 @@
 A `ModelHost` is a plain object; the Ray backend makes an actor of it, the local backend uses it as it is.
 """
 
+import copy
+import itertools
+import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +22,7 @@ from .check_documents import check_documents
 from .check_rows import DocumentCheck
 from .config import DTYPES, IngestConfig
 from .host_memory import keep_freed_memory, release_freed_memory
-from .models import load_model
+from .models import LoadedModel, load_model
 from .probe import Probe, run_probe
 from .self_test import self_test
 from .unit import Rows, RunPlan, UnitWriter, WrittenUnit
@@ -66,20 +69,29 @@ class Job:
 class ModelHost:
     """One copy of the model, loaded when first needed. Two threads may run units at once."""
 
-    def __init__(self, config: IngestConfig, *, threads: int | None) -> None:
+    def __init__(self, config: IngestConfig, *, threads: int | None, streams: int = 1) -> None:
         """Remember what to load.
 
         Args:
             config: The ingest.
             threads: Threads torch computes with; None leaves torch's own choice.
+            streams: Units that may be computed at once on the CPU, sharing the threads; see `_add_streams`.
         """
         self._config = config
         self._threads = threads
+        self._n_streams = streams
+        self._streams: queue.SimpleQueue[Capturer] = queue.SimpleQueue()
+        self._stream_threads: int | None = None
         self._lock = threading.Lock()
         self._capturer: Capturer | None = None
         self._description: ModelDescription | None = None
         self._bound: tuple[tuple[str, RunPlan], UnitWriter] | None = None
         self._stop = threading.Event()
+
+    @property
+    def in_flight(self) -> int:
+        """Units to have at once once the model is loaded: those computed, and one that is written meanwhile."""
+        return self._n_streams + 1
 
     def describe(self) -> ModelDescription:
         """Load the model, find the hook points, and prove on a probe batch that they are captured rightly.
@@ -111,7 +123,11 @@ class ModelHost:
         self._stop.clear()
 
     def close(self) -> None:
-        """Give back what memory the process kept for the next batch."""
+        """Give back what memory the process kept for the next batch, and torch its threads."""
+        if self._stream_threads is not None:
+            import torch
+
+            torch.set_num_threads(self._stream_threads * self._n_streams)
         if self._capturer is not None and self._capturer.loaded.device.type == "cpu":
             release_freed_memory()
 
@@ -143,7 +159,9 @@ class ModelHost:
             if self._bound is None or self._bound[0] != (url, plan):
                 store = open_()
                 tokenization = store.tokenization(plan.tokenization)
-                writer = UnitWriter(store.storage, tokenization, plan, self._capture())
+                writer = UnitWriter(
+                    store.storage, tokenization, plan, self._capture(), streams=self._n_streams
+                )
                 self._bound = (url, plan), writer
             return self._bound[1]
 
@@ -168,6 +186,7 @@ class ModelHost:
         names = loaded.map.resolve(list(config.hook_points))
         report = self_test(loaded, names)
         self._capturer = Capturer(loaded, names, equal_lengths=report.equal_lengths)
+        self._add_streams(loaded, names, report.equal_lengths)
         self._description = ModelDescription(
             fingerprint=loaded.fingerprint,
             hook_points=tuple((name, self._capturer.widths[name]) for name in names),
@@ -180,29 +199,63 @@ class ModelHost:
             heads=dict(self._capturer.heads),
         )
 
-    def _capture(self) -> "_BoundCapture":
+    def _add_streams(self, loaded: LoadedModel, names: Sequence[str], equal_lengths: bool) -> None:
+        """Make ready to compute several units at once on a CPU, each with its share of the threads.
+
+        A unit that is written takes a core now and then. Where all threads compute one unit, all of them wait for the one that
+        lost its core; where each computes its own, only that one does. The modules of the model are copied, for their hooks;
+        the weights are shared.
+        """
+        import torch
+
         assert self._capturer is not None
-        return _BoundCapture(self._capturer, self._config.batch_tokens, self._stop.is_set)
+        self._streams.put(self._capturer)
+        n_threads = torch.get_num_threads()
+        one_cpu = loaded.device.type == "cpu" and not loaded.is_spread and not loaded.compile
+        if n_threads < self._n_streams or not one_cpu:
+            self._n_streams = 1
+        if self._n_streams == 1:
+            return
+        self._stream_threads = n_threads // self._n_streams
+        for _ in range(self._n_streams - 1):
+            shared = {id(t): t for t in itertools.chain(loaded.model.parameters(), loaded.model.buffers())}
+            twin = replace(loaded, model=copy.deepcopy(loaded.model, shared))
+            self._streams.put(Capturer(twin, names, equal_lengths=equal_lengths))
+
+    def _capture(self) -> "_BoundCapture":
+        return _BoundCapture(
+            self._streams, self._stream_threads, self._config.batch_tokens, self._stop.is_set
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _BoundCapture:
-    """A capturer with a run's settings: what `UnitWriter` calls."""
+    """Capturers with a run's settings: what `UnitWriter` calls, at most as many at once as there are."""
 
-    capturer: Capturer
+    capturers: "queue.SimpleQueue[Capturer]"
+    threads: int | None
+    """Of torch, for each; None for what is set."""
     batch_tokens: int
     should_stop: Callable[[], bool]
 
     def __call__(self, token_ids: Rows, window_starts: Rows, out: Mapping[str, Rows]) -> int:
         """Capture a unit, and return how many of its tokens went through the model."""
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)  # of this thread
         seen: list[int] = []
-        self.capturer.capture_unit(
-            token_ids,
-            window_starts,
-            out,
-            batch_tokens=self.batch_tokens,
-            stored_dtype=_LOGICAL[next(iter(out.values())).dtype],
-            should_stop=self.should_stop,
-            on_batch=seen.append,
-        )
+        capturer = self.capturers.get()
+        try:
+            capturer.capture_unit(
+                token_ids,
+                window_starts,
+                out,
+                batch_tokens=self.batch_tokens,
+                stored_dtype=_LOGICAL[next(iter(out.values())).dtype],
+                should_stop=self.should_stop,
+                on_batch=seen.append,
+            )
+        finally:
+            self.capturers.put(capturer)
         return sum(seen)

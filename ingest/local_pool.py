@@ -1,7 +1,7 @@
 """How do units run in this process, without Ray?
 
-Two threads: while one unit is encoded and written, the next is computed. Computing itself is one at a time (the writer
-holds a lock), so memory is two units' rows.
+Threads: while one unit is encoded and written, others are computed, as many at once as the writer lets through. Memory is one
+unit's rows for each thread.
 """
 
 import queue

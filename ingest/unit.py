@@ -9,7 +9,7 @@ behind is adopted once its content has been checked (FORMAT.md, section 3). Noth
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -26,12 +26,15 @@ from actstore.covariance import covariance_key
 from actstore.dtypes import count_nonfinite, stored_dtype
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.int8 import Int8Transform, dequantise
-from actstore.log.values import StoredObject
+from actstore.log.values import Add, StoredObject
 from actstore.sampling import kept_offsets
 from actstore.stats import HookPointStats, stats_to_table
 from actstore.storage import Storage, write_new
 from actstore.tokenization import Tokenization
 
+from .encoding.plan import KIND as CODES
+from .encoding.plan import CodesPlan
+from .encoding.unit_codes import CodesWriter, blocks_of
 from .pooling import POOLING_COLUMNS, Mask, finite_rows
 from .shards import Offsets, StoredRows, store_rows
 from .unit_pooled import UnitPooling, unit_pooling
@@ -67,7 +70,7 @@ class RunPlan:
     nonfinite: str
     """`error` or `mask`."""
     keep: tuple[str, ...] = ("dense",)
-    """`dense`, `pooled` or both."""
+    """`dense`, `pooled`, `codes`, or several of them."""
     poolings: tuple[str, ...] = ()
     pool_special: bool = False
     sample: float = 1.0
@@ -80,6 +83,8 @@ class RunPlan:
     """What the model computes in: rows that become int8 are captured so; others in the dtype they are stored in."""
     stored_rows_per_unit: int | None = None
     """Places that a unit has in a sampled run's arrays; None for `rows_per_unit`."""
+    codes: tuple[CodesPlan, ...] = ()
+    """Of the codes that are committed with the units."""
 
     @property
     def capture_dtype(self) -> str:
@@ -109,7 +114,9 @@ class WrittenUnit:
     rows_forwarded: int = 0
     """Token rows that went through the model."""
     timings_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds spent in `read`, `forward`, `pool`, `statistics`, `encode`, `write`; waiting for a turn is in none."""
+    """Seconds spent in `read`, `forward`, `pool`, `statistics`, `codes`, `encode`, `write`; waiting for a turn is in none."""
+    also: tuple[Add, ...] = ()
+    """Units of other collections that come of the same rows: they become live in the same commit, or none does."""
 
 
 class Buffers:
@@ -141,20 +148,38 @@ class Buffers:
 
 
 class UnitWriter:
-    """Runs units of one run. Two threads may call `run_unit` at once: one computes while the other writes.
+    """Runs units of one run. Several threads may call `run_unit` at once: `streams` compute while others write.
 
-    Memory: two units' rows of every hook point, and the vectors of their documents where these are pooled, whatever the
-    corpus's size.
+    Memory: for each thread one unit's rows of every hook point, and the vectors of their documents where these are pooled,
+    whatever the corpus's size.
     """
 
     def __init__(
-        self, storage: Storage, tokenization: Tokenization, plan: RunPlan, capture: CaptureUnit
+        self,
+        storage: Storage,
+        tokenization: Tokenization,
+        plan: RunPlan,
+        capture: CaptureUnit,
+        *,
+        streams: int = 1,
+        codes: Sequence[CodesWriter] = (),
     ) -> None:
+        """Bind what units are made of.
+
+        Args:
+            storage: Where shards go.
+            tokenization: Of the corpus.
+            plan: Of the run.
+            capture: Computes rows; called by at most `streams` threads at once.
+            streams: Units computed at once.
+            codes: One for each of `plan.codes`.
+        """
         self._storage = storage
         self._tokenization = tokenization
         self._plan = plan
         self._capture = capture
-        self._forward = threading.Lock()
+        self._codes = codes
+        self._forward = threading.Semaphore(streams)
         self._spare = Buffers()
 
     def run_unit(self, unit: int) -> WrittenUnit:
@@ -164,7 +189,7 @@ class UnitWriter:
             InvalidInputError: activations that are not finite under policy `error`, or too large for the dtype.
             StorageError, FormatError: the storage failed or holds something else under one of the unit's keys.
         """
-        work = _UnitWork(self._storage, self._tokenization, self._plan, unit, self._spare)
+        work = _UnitWork(self._storage, self._tokenization, self._plan, unit, self._spare, self._codes)
         tokens, starts = work.read()
         token_ids = tokens["token_id"].to_numpy()
         with self._forward, work.timed("forward"):
@@ -182,9 +207,17 @@ class _UnitWork:
     """One attempt at one unit."""
 
     def __init__(
-        self, storage: Storage, tokenization: Tokenization, plan: RunPlan, unit: int, spare: "Buffers"
+        self,
+        storage: Storage,
+        tokenization: Tokenization,
+        plan: RunPlan,
+        unit: int,
+        spare: "Buffers",
+        codes: Sequence[CodesWriter],
     ) -> None:
         self._spare = spare
+        self._codes = codes
+        self._also: list[Add] = []
         self._storage = storage
         self._tokenization = tokenization
         self._plan = plan
@@ -203,7 +236,7 @@ class _UnitWork:
         try:
             yield
         finally:
-            self._spent[what] += time.perf_counter() - began
+            self._spent[what] = self._spent.get(what, 0.0) + time.perf_counter() - began
 
     def read(self) -> tuple[pa.Table, Rows]:
         """Return the unit's tokens and where its windows start."""
@@ -233,10 +266,14 @@ class _UnitWork:
                 self._objects += stored.objects
                 sums[name] = stored.sums
                 stats.append(self._describe(name, spec, stored, tokens))
+                # Rows that were rounded to int8 are not what the model computed; others may be an earlier attempt's.
+                is_float = spec.dtype != "int8"
+                self._encode(name, stored.rows if is_float else rows, None if is_float else kept, kept)
                 del stored
             else:
                 captured = StoredRows((), np.empty(0, np.uint32), rows, None)
                 stats.append(self._describe(name, replace(spec, dtype=plan.capture_dtype), captured, tokens))
+                self._encode(name, rows, None, None)
                 del captured
             self._spare.give(rows)
             del rows
@@ -252,7 +289,24 @@ class _UnitWork:
             rows_read=self._tokens.num_rows,
             rows_forwarded=self.rows_forwarded,
             timings_s=self._spent,
+            also=tuple(self._also),
         )
+
+    def _encode(self, name: str, rows: Rows, wanted: Offsets | None, kept: Offsets | None) -> None:
+        """Store the codes of a hook point's rows, of those at `wanted` if given; they are the tokens at `kept`."""
+        for writer in self._codes:
+            plan = writer.plan
+            if plan.hook_point != name:
+                continue
+            with self.timed("codes"):
+                encoded = writer.encode(blocks_of(rows, self._plan.capture_dtype, wanted))
+                stored = writer.store(self._unit, self._attempt, encoded, self._tokens, kept=kept)
+            self._also.append(
+                Add(
+                    kind=CODES, id=plan.codes, epoch=plan.epoch, fingerprint=plan.fingerprint, unit=self._unit,
+                    rows=stored.rows, nonfinite=0, attempt=self._attempt, objects=stored.objects, meta=stored.meta,
+                )
+            )  # fmt: skip
 
     def _checked(self, name: str, rows: Rows) -> Mask | None:
         """Return which captured rows are finite, None for all, if the run may have others."""

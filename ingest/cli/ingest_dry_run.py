@@ -73,7 +73,7 @@ def _lines(found: DryRun) -> Iterator[tuple[str, str]]:
         yield (
             "memory/worker",
             f"device {readable_bytes(m.parameters + m.batch)} (model {readable_bytes(m.parameters)}, batch "
-            f"{readable_bytes(m.batch)}), main memory {readable_bytes(m.units)} for two units"
+            f"{readable_bytes(m.batch)}), main memory {readable_bytes(m.units)} for {m.n_units} units"
             + ("" if m.peak_device is None else f"; seen on the device: {readable_bytes(m.peak_device)}"),
         )
         yield "", m.formula
