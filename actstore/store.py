@@ -17,6 +17,7 @@ from actstore.storage import Storage, open_storage
 from actstore.tokenization import Tokenization
 
 if TYPE_CHECKING:
+    from actstore.dictionary import Dictionary
     from actstore.result import Result
 
 CACHE_BYTES = 8 << 30
@@ -117,6 +118,20 @@ class Store:
             NotFoundError: no run of that name; the message lists what there is.
         """
         return Run(self, self.state.collection("run", name))
+
+    def dictionaries(self) -> list["Dictionary"]:
+        """Return every dictionary, by name."""
+        return [self.dictionary(name) for name in self._ids("dictionary")]
+
+    def dictionary(self, name: str) -> "Dictionary":
+        """Return a dictionary (a sparse autoencoder or transcoder) by its name; its weights are read when first asked for.
+
+        Raises:
+            NotFoundError: no dictionary of that name; the message lists what there is.
+        """
+        from actstore.dictionary import Dictionary
+
+        return Dictionary(self.state.collection("dictionary", name), self.objects)
 
     def sql(self, query: str, params: Sequence[Any] | None = None, **options: Any) -> "Result":
         """Return the answer to one SELECT over the store's views; see `actstore.query.sql.sql`."""

@@ -1,4 +1,4 @@
-"""Is every byte of the store what the history promises? (FORMAT.md, section 9)
+"""Is every byte of the store what the history promises? (FORMAT.md, section 11)
 
 `fsck` trusts nothing that is derived: it reads every manifest from version 0 on, folds them without any checkpoint, and
 then looks at every promised object: its length, and with `deep` its SHA-256. It changes nothing, needs memory for one state

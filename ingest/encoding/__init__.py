@@ -1,0 +1,1 @@
+"""Codes, postings and latent statistics: computed from stored rows or on the fly."""
