@@ -15,6 +15,7 @@ from actstore.tokenization import Tokenization
 
 if TYPE_CHECKING:
     from actstore.activations import Activations
+    from actstore.codes import Codes
     from actstore.covariance import Covariance
     from actstore.pooled import Pooled
     from actstore.result import Result
@@ -196,6 +197,40 @@ class Run:
         """Return the stored contexts nearest to a row, a text or vectors; see `actstore.query.nearest.nearest`."""
         module = lazy_import("actstore.query.nearest", needed_for="nearest()", extra="query")
         answer: Result = module.nearest(self, hook_point, query, k, **options)
+        return answer
+
+    def codes(self, dictionary: str) -> "Codes":
+        """Return the stored codes of this run's rows in a dictionary, read on demand.
+
+        Raises:
+            NotFoundError: the run was not encoded with that dictionary; the message lists those it was.
+        """
+        from actstore.codes import open_codes
+
+        return open_codes(self, dictionary)
+
+    def active(self, what: Any, dictionary: str, k: int = 20, **options: Any) -> "Result":
+        """Return the latents that fire on a text, rows or a document; see `actstore.query.active.active`."""
+        module = lazy_import("actstore.query.active", needed_for="active()", extra="query")
+        answer: Result = module.active(self, what, dictionary, k, **options)
+        return answer
+
+    def match(self, pattern: Any, k: int = 20, **options: Any) -> "Result":
+        """Return the contexts in which latents fire together; see `actstore.query.match.match`."""
+        module = lazy_import("actstore.query.match", needed_for="match()", extra="query")
+        answer: Result = module.match(self, pattern, k, **options)
+        return answer
+
+    def neighbours(self, latent: Any, k: int = 20, **options: Any) -> "Result":
+        """Return the latents most like one, by decoder or by firing together; see `actstore.query.neighbours.neighbours`."""
+        module = lazy_import("actstore.query.neighbours", needed_for="neighbours()", extra="query")
+        answer: Result = module.neighbours(self, latent, k, **options)
+        return answer
+
+    def latents(self, dictionary: str, **options: Any) -> "Result":
+        """Return a dictionary's latents with their statistics on this run; see `actstore.query.latents.latents`."""
+        module = lazy_import("actstore.query.latents", needed_for="latents()", extra="query")
+        answer: Result = module.latents(self, dictionary, **options)
         return answer
 
     def encode_text(self, texts: Sequence[str], hook_point: str) -> list[Any]:

@@ -19,6 +19,7 @@ from .eligible import Eligibility, Masks, Selection, sink_norm_limit
 from .fold import Fold
 from .scan import ScanReport, plan_block_rows, scan_top_k
 from .scores import Scorer
+from .token_pattern import check_pattern
 
 DEFAULT_MEMORY_BYTES = 512 << 20
 """Bound on the buffers of one question, the answer itself not counted."""
@@ -38,29 +39,41 @@ class RowOptions:
     mask_sinks: bool = True
     fold: Fold = "context"
     memory_bytes: int = DEFAULT_MEMORY_BYTES
+    regex: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the limit on memory.
+        """Check the limit on memory and the pattern.
 
         Raises:
-            InvalidInputError: not a whole number of bytes.
+            InvalidInputError: not a whole number of bytes, or not a regular expression.
         """
+        if self.regex is not None:
+            check_pattern(self.regex)
         # Too little for the question at hand is told where that is known.
         check_whole(self.memory_bytes, what="memory_bytes", least=1, most=MAX_BYTES)
 
     @property
     def masks(self) -> Masks:
         """The masks asked for."""
-        return Masks(self.where, self.rows, self.docs, special=self.mask_special, sinks=self.mask_sinks)
+        return Masks(
+            self.where,
+            self.rows,
+            self.docs,
+            special=self.mask_special,
+            sinks=self.mask_sinks,
+            regex=self.regex,
+        )
 
     def echo(self) -> dict[str, Any]:
         """Return the options as they are reported."""
-        return {
+        told: dict[str, Any] = {
             "where": self.where,
             "mask_special": self.mask_special,
             "mask_sinks": self.mask_sinks,
             "fold": self.fold,
         }
+        # Not every question takes a pattern: those that do repeat it when it was given.
+        return told if self.regex is None else told | {"regex": self.regex}
 
 
 def check_choice(value: object, choices: object, *, what: str) -> None:
@@ -161,10 +174,11 @@ def make_result(
     request: Mapping[str, Any],
     mask: Mapping[str, Any],
     n_requested: int,
-    n_eligible: int,
+    n_eligible: int | None,
     bytes_read: int,
     options: RowOptions,
     warnings: Sequence[str],
+    seed: int | None = None,
 ) -> Result:
     """Return the answer with everything that must be known about it."""
     table = pa.concat_tables(pieces)
@@ -178,6 +192,7 @@ def make_result(
         bytes_read=bytes_read,
         request=dict(request),
         mask=dict(mask),
+        seed=seed,
         budget={"memory_bytes": options.memory_bytes},
         warnings=tuple(dict.fromkeys(warnings)),
         elapsed_s=time.perf_counter() - start,

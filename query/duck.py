@@ -63,7 +63,7 @@ def quote_name(name: str) -> str:
 @contextmanager
 def open_locked(
     files: Sequence[str],
-    tables: Mapping[str, pa.Table],
+    tables: Mapping[str, Any],
     views: Sequence[str],
     limits: Limits,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -71,7 +71,7 @@ def open_locked(
 
     Args:
         files: Checked local files that `views` read.
-        tables: Arrow tables to register by name.
+        tables: Arrow tables, or datasets, to register by name.
         views: CREATE VIEW statements, run before the connection is locked.
         limits: Memory, threads and spill space.
 

@@ -1,8 +1,8 @@
 """Which stored rows may be an answer, and what kept the others out?
 
 Masks are applied in a fixed order and a row is counted at the first that removes it: the caller's rows and documents, then
-`where`, then special tokens, then attention sinks by position; and, once the activations are read, rows that are not finite,
-attention sinks by norm, and rows of zeros where a direction is asked for.
+`where`, then the pattern on the token's text, then special tokens, then attention sinks by position; and, once the activations
+are read, rows that are not finite, attention sinks by norm, and rows of zeros where a direction is asked for.
 
 Of a run that keeps a sample of its rows, only those that it stores count at all: the others are not rows of it.
 
@@ -29,8 +29,9 @@ import pyarrow as pa
 from actstore.errors import ErrorKind, FormatError, InvalidInputError, NotFoundError
 from actstore.run import Run
 from actstore.sampling import parse_kept
-from actstore.stats import SINK_NORM_RATIO
+from actstore.stats import SINK_NORM_RATIO, HookPointStats
 
+from .token_pattern import match_tokens, read_matches
 from .where import Predicate
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
@@ -47,6 +48,8 @@ class Masks:
     docs: Selection
     special: bool
     sinks: bool
+    regex: str | None = None
+    """Pattern of which the token's text must hold a match."""
 
 
 @dataclass(slots=True)
@@ -95,7 +98,8 @@ class Eligibility:
         """Check the masks against the run; reads no unit yet.
 
         Raises:
-            InvalidInputError: `where` is not a condition over tokens and documents, or a selection is not of whole numbers.
+            InvalidInputError: `where` is not a condition over tokens and documents, `regex` no pattern, or a selection is not
+                of whole numbers.
             NotFoundError: a row or document that does not exist.
         """
         self._run = run
@@ -108,6 +112,7 @@ class Eligibility:
         self._docs = check_selection(
             masks.docs, self._tokenization.corpus.n_documents, name="docs", what="document"
         )
+        self._matches = None if masks.regex is None else match_tokens(masks.regex, self._tokenization)
         self._stack = ExitStack()
         self._predicate = None
         if masks.where is not None:
@@ -166,6 +171,9 @@ class Eligibility:
             rows.keep = self.removed.apply("docs", rows.keep, np.isin(rows.column("doc_id"), self._docs))
         if self._predicate is not None and rows.keep.any():
             rows.keep = self.removed.apply("where", rows.keep, self._predicate.mask(table))
+        if self._matches is not None:
+            matching = read_matches(self._matches, rows.column("token_id"))
+            rows.keep = self.removed.apply("regex", rows.keep, matching)
         if self._masks.special:
             rows.keep = self.removed.apply("special", rows.keep, ~rows.column("is_special"))
         if self._masks.sinks:
@@ -222,5 +230,10 @@ def _in_range(numbers: Int64s, first: int, size: int) -> Bools:
 
 def sink_norm_limit(run: Run, hook_point: str) -> float:
     """Return the L2 norm above which a row is taken for an attention sink; infinite when the median norm is unknown or 0."""
-    median = run.stats(hook_point).norm_quantile(0.5)
+    return norm_limit(run.stats(hook_point))
+
+
+def norm_limit(stats: HookPointStats) -> float:
+    """Return that norm, from the hook point's statistics."""
+    median = stats.norm_quantile(0.5)
     return SINK_NORM_RATIO * median if math.isfinite(median) and median > 0 else math.inf

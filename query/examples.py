@@ -1,7 +1,8 @@
-"""Which stored contexts most activate a neuron or a direction?
+"""Which stored contexts most activate a neuron, a direction or a latent?
 
-Exact: every stored row is scored. Maximum inner product is not a nearest-neighbour question, so no cluster index helps; a
-scan at the speed of the disk, shared by all targets of a hook point, is the honest answer.
+Exact. For neurons and directions every stored row is scored: maximum inner product is not a nearest-neighbour question, so no
+cluster index helps, and a scan at the speed of the disk, shared by all targets of a hook point, is the honest answer. The rows
+on which a latent fires are known from its postings (`actstore.query.latent_examples`).
 """
 
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from actstore.activations import Activations
-from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.errors import ErrorKind, InvalidInputError
 from actstore.result import Result
 from actstore.run import Run
 from actstore.targets import Direction, Latent, Neuron, Target
@@ -27,9 +28,11 @@ from .answer import (
     open_acts,
     report_mask,
 )
+from .bands import Bands, check_bands
 from .context import Hit, check_context, describe_hits
 from .eligible import Selection
 from .fold import Fold
+from .latent_examples import answer_latents
 from .scan import ScanReport, check_k
 from .scores import NeuronScorer, ProjectionScorer, Scorer, Sign
 
@@ -49,18 +52,25 @@ def examples(
     rows: Selection = None,
     docs: Selection = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    bands: Bands | None = None,
+    regex: str | None = None,
 ) -> Result:
     """Return the tokens on which a target is most active, each with its context.
 
     The answer is that of sorting all rows by the float64 activation; rows of equal activation are in row order. All
-    targets of a hook point share one pass over its rows. Memory: `memory_bytes` and the answer, whatever the run's size.
+    targets of a hook point share one pass over its rows. Memory: `memory_bytes` and the answer, whatever the run's size;
+    decoded tokens and texts are kept in a cache of the process, 256 MiB (`actstore.query.unit_tables`).
+
+    A latent's rows are those on which it fires: a dead one has none, and of one that fires on fewer than `k` rows there are no
+    others. While its codes have no postings, all codes are read, and a warning says so.
 
     Args:
         run: The run to ask; an unfinished one answers from its stored units, with a warning.
-        target: `actstore.neuron(...)`, `actstore.direction(...)`, or several.
-        k: Examples per target, at most; 1 to 10,000.
+        target: `actstore.neuron(...)`, `actstore.direction(...)`, `actstore.latent(...)`, or several.
+        k: Examples per target, at most; 1 to 10,000. Not used with `bands`.
         sign: "pos": the largest activations; "neg": the smallest; "abs": those furthest from 0. Where fewer than `k`
-            rows are on the side asked for, rows of 0 or of the other sign follow, and a warning says how many.
+            rows are on the side asked for, rows of 0 or of the other sign follow, and a warning says how many. Latents
+            are never negative: "pos" only.
         before: Tokens shown before the example.
         after: Tokens shown after it; neither crosses a model window.
         where: SQL condition over columns of `tokens` and of the documents, such as `source = 'web' AND position > 3`.
@@ -70,14 +80,21 @@ def examples(
         rows: Only these rows (numbers or a slice).
         docs: Only these documents (numbers or a slice).
         memory_bytes: Bound on buffers.
+        bands: Which rows of a latent to show besides those of largest value: `bands.top(5) + bands.random(5)`, see
+            `actstore.query.bands`. Their definitions are repeated in `meta.request`, and what each held of a latent, with its
+            edges, in `meta.mask`.
+        regex: Only tokens whose text has a match of this pattern (RE2).
 
     Returns:
-        Columns: target (when several were given), rank (from 1), row, doc_id, position, token_id, token, value (the
-        activation, float64), context (struct of text, token_start, token_end, tokens, token_index, values; null where a
-        sampled run stores no row).
+        Columns: target (when several were given), band (when asked for), rank (from 1, in each band), row, doc_id, position,
+        token_id, token, value (the activation, float64), context (struct of text, token_start, token_end, tokens,
+        token_index, values; null where a sampled run stores no row).
+
+        `meta.n_eligible` counts, for latents, the rows on which they fire and that pass the masks, all latents together; None
+        if one fires on so many rows that only the strongest were looked at.
 
     Raises:
-        NotFoundError: no such hook point, row or document; or a latent, as this store holds no dictionaries.
+        NotFoundError: no such hook point, row, document, dictionary or latent; or a run that was not encoded with it.
         InvalidInputError: an index or vector that does not fit the hook point, a bad option, or a run of pooled vectors only.
         FormatError: stored rows are missing or damaged.
     """
@@ -87,34 +104,42 @@ def examples(
     k = check_k(k)
     check_choice(sign, Sign, what="sign")
     check_context(before, after)
-    options = RowOptions(where, rows, docs, mask_special, mask_sinks, fold, memory_bytes)
+    check_choice(fold, Fold, what="fold")
+    _check_latent_options(targets, sign, bands)
+    options = RowOptions(where, rows, docs, mask_special, mask_sinks, fold, memory_bytes, regex)
     request = {"verb": "examples", "run": run.id, "target": [t.label for t in targets], "k": k, "sign": sign}
     request |= {"before": before, "after": after, **options.echo()}
-    return _answer(run, targets, options, request, several=several, start=start)
+    if bands is not None:
+        request |= {"k": None, "bands": bands.to_list()}
+    return _answer(run, targets, options, request, bands, several=several, start=start)
 
 
 def _answer(
     run: Run,
-    targets: Sequence[Neuron | Direction],
+    targets: Sequence[Target],
     options: RowOptions,
     request: Mapping[str, Any],
+    bands: Bands | None,
     *,
     several: bool,
     start: float,
 ) -> Result:
-    """Find the rows, one pass for all targets of a hook point, and return them with their contexts."""
+    """Find the rows, one pass for all targets of a hook point or a dictionary, and return them with their contexts."""
     k, sign, before, after = (request[name] for name in ("k", "sign", "before", "after"))
-    tables: dict[int, pa.Table] = {}
-    masks, warnings, bytes_read, eligible = {}, [], 0, []
-    for hook_point, members in _by_hook_point(targets).items():
+    latents = {i: t for i, t in enumerate(targets) if isinstance(t, Latent)}
+    others = {i: t for i, t in enumerate(targets) if not isinstance(t, Latent)}
+    found = answer_latents(run, latents, options, bands, k=k or 0, before=before, after=after)
+    tables, masks, warnings = found.tables, found.masks, found.warnings
+    bytes_read, eligible = found.bytes_read, []
+    for hook_point, members in _by_hook_point(others).items():
         acts = open_acts(run, hook_point, options.memory_bytes)
-        scorer = _make_scorer([targets[i] for i in members], acts, sign)
+        scorer = _make_scorer([others[i] for i in members], acts, sign)
         report = find_rows(run, acts, scorer, options, k=k)
-        found = _describe(run, acts, scorer, report, before, after)
-        tables.update(zip(members, found, strict=True))
+        described = _describe(run, acts, scorer, report, before, after)
+        tables.update(zip(members, described, strict=True))
         masks[acts.hook_point] = report_mask(report, options)
-        warnings += mask_warnings(run, report, sum(map(len, found)), k * len(members))
-        warnings += _sign_warnings(found, sign)
+        warnings += mask_warnings(run, report, sum(map(len, described)), k * len(members))
+        warnings += _sign_warnings(described, sign)
         bytes_read += report.bytes_read
         eligible.append(report.removed.n_kept)
     pieces = [_name_target(tables[i], targets[i]) if several else tables[i] for i in range(len(targets))]
@@ -124,12 +149,39 @@ def _answer(
         start=start,
         request=request,
         mask=masks,
-        n_requested=k * len(targets),
-        n_eligible=min(eligible),
+        n_requested=(k if bands is None else bands.n_requested) * len(targets),
+        n_eligible=_count_eligible(eligible, found.n_eligible),
         bytes_read=bytes_read,
         options=options,
         warnings=warnings,
+        seed=None if bands is None or len(bands.seeds) != 1 else next(iter(bands.seeds)),
     )
+
+
+def _count_eligible(by_hook_point: Sequence[int], by_latent: Sequence[int | None]) -> int | None:
+    """Return how many rows could have been in the answer: of latents their own rows, of all else those of a hook point."""
+    counts = [*by_latent, *([min(by_hook_point)] if by_hook_point else [])]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _check_latent_options(targets: Sequence[Target], sign: Sign, bands: Bands | None) -> None:
+    latents = [target for target in targets if isinstance(target, Latent)]
+    if latents and sign != "pos":
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"sign={sign!r} of {latents[0].label!r} was asked for, and codes are never negative: leave sign out, or ask for "
+            "the latent's direction with actstore.direction(hook_point, vector)",
+        )
+    if bands is not None:
+        check_bands(bands)
+        for target in targets:
+            if not isinstance(target, Latent):
+                raise InvalidInputError(
+                    ErrorKind.BAD_ARGUMENT,
+                    f"bands= of {target.label!r} were asked for, and only latents have them, as only their rows are few: leave "
+                    "bands out, or ask for latents alone",
+                )
 
 
 def _sign_warnings(found: Sequence[pa.Table], sign: Sign) -> list[str]:
@@ -147,27 +199,24 @@ def _as_list(target: Any) -> list[Any]:
     return list(target) if isinstance(target, Iterable) and not isinstance(target, str) else [target]
 
 
-def check_targets(run: Run, targets: Sequence[Any]) -> list[Neuron | Direction]:
-    """Return the targets if the run can be asked about each.
+def check_targets(run: Run, targets: Sequence[Any]) -> list[Target]:
+    """Return the targets if the run can be asked about each; of latents that is known once the codes are open.
 
     Raises:
         InvalidInputError: not targets, none, or one that does not fit its hook point's width.
-        NotFoundError: no such hook point, or a latent.
+        NotFoundError: no such hook point.
     """
     if not targets:
         raise InvalidInputError(ErrorKind.BAD_ARGUMENT, "examples() needs at least one target, got none")
-    checked: list[Neuron | Direction] = []
+    checked: list[Target] = []
     for target in targets:
         if isinstance(target, Latent):
-            raise NotFoundError(
-                ErrorKind.COLLECTION_NOT_FOUND,
-                f"{target.label!r} was asked for, and this store holds no dictionaries: ask for a neuron, or for the "
-                "latent's encoder direction with actstore.direction(hook_point, vector)",
-            )
+            checked.append(target)
+            continue
         if not isinstance(target, (Neuron, Direction)):
             raise InvalidInputError(
                 ErrorKind.BAD_ARGUMENT,
-                f"a target is actstore.neuron(...) or actstore.direction(...), got {type(target).__name__}: "
+                f"a target is actstore.neuron(...), .direction(...) or .latent(...), got {type(target).__name__}: "
                 "actstore.parse_target reads one from text",
             )
         width = run.d_model(target.hook_point)
@@ -185,9 +234,9 @@ def check_targets(run: Run, targets: Sequence[Any]) -> list[Neuron | Direction]:
     return checked
 
 
-def _by_hook_point(targets: Sequence[Neuron | Direction]) -> dict[str, list[int]]:
+def _by_hook_point(targets: Mapping[int, Neuron | Direction]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
-    for i, target in enumerate(targets):
+    for i, target in targets.items():
         groups.setdefault(target.hook_point, []).append(i)
     return groups
 
@@ -222,5 +271,5 @@ def _describe(
     return tables
 
 
-def _name_target(table: pa.Table, target: Neuron | Direction) -> pa.Table:
+def _name_target(table: pa.Table, target: Target) -> pa.Table:
     return table.add_column(0, "target", pa.array([target.label] * len(table), pa.string()))

@@ -72,15 +72,22 @@ def sql(
         table = list_views()
     else:
         prepared = prepare_views(store, checked.tables, empty=checked.describes)
-        with open_locked(prepared.files, prepared.tables, prepared.views, limits) as con:
-            table = run_query(con, query, values, limits, hide=_hider(prepared.files))
+        relations = {**prepared.tables, **prepared.sources}
+        with open_locked(prepared.files, relations, prepared.views, limits) as con:
+            try:
+                table = run_query(con, query, values, limits, hide=_hider(prepared.files))
+            except InvalidInputError:
+                # DuckDB passes on only the text of what went wrong in a relation that is decoded for it.
+                if prepared.reads.error is not None:
+                    raise prepared.reads.error from None
+                raise
     table = _plain_table(table)
     budget = {"memory_bytes": memory_bytes, "max_result_bytes": max_result_bytes, "timeout_s": timeout_s}
     meta = Meta(
         version=store.version,
         recall=None,
         n_returned=table.num_rows,
-        bytes_read=prepared.nbytes,
+        bytes_read=prepared.nbytes + prepared.reads.nbytes,
         request={"verb": "sql", "query": query, "n_params": len(values or ())},
         budget=budget,
         elapsed_s=time.perf_counter() - start,

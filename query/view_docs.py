@@ -7,6 +7,9 @@ import pyarrow as pa
 SqlType = tuple[str, str, pa.DataType, str]
 """Name, DuckDB type, Arrow type, meaning of a column."""
 
+TOP_TOKENS = "STRUCT(token_id INTEGER, count BIGINT, mean DOUBLE)[]"
+LOGITS = "STRUCT(token_id INTEGER, token VARCHAR, logit FLOAT)[]"
+
 
 def _column(name: str, type_: str, meaning: str) -> SqlType:
     arrow = {
@@ -14,7 +17,17 @@ def _column(name: str, type_: str, meaning: str) -> SqlType:
         "BIGINT": pa.int64(),
         "INTEGER": pa.int32(),
         "BOOLEAN": pa.bool_(),
+        "FLOAT": pa.float32(),
+        "DOUBLE": pa.float64(),
         "FLOAT[]": pa.list_(pa.float32()),
+        "INTEGER[]": pa.list_(pa.int32()),
+        "BIGINT[]": pa.list_(pa.int64()),
+        TOP_TOKENS: pa.list_(
+            pa.struct([("token_id", pa.int32()), ("count", pa.int64()), ("mean", pa.float64())])
+        ),
+        LOGITS: pa.list_(
+            pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("logit", pa.float32())])
+        ),
     }
     return (name, type_, arrow[type_], meaning)
 
@@ -34,6 +47,16 @@ class View:
 
 _NBYTES = _column("nbytes", "BIGINT", "stored bytes")
 _CREATED = _column("created_version", "BIGINT", "store version that created it")
+_DICTIONARY = _column("dictionary", "VARCHAR", "the dictionary's name")
+_ENCODED_RUN = _column("run", "VARCHAR", "the run that was encoded")
+_LATENT = _column("latent", "INTEGER", "number of the latent in its dictionary")
+_CODES = (
+    _DICTIONARY,
+    _ENCODED_RUN,
+    _column("row", "BIGINT", "token row of the run's tokenization"),
+    _LATENT,
+    _column("value", "FLOAT", "the latent's value there, above 0; where it does not fire there is no row"),
+)
 
 VIEWS: dict[str, View] = {
     "runs": View(
@@ -162,6 +185,103 @@ VIEWS: dict[str, View] = {
             _column(
                 "vector", "FLOAT[]", "the vector, as long as the hook point's d_model; null without a token"
             ),
+        ),
+    ),
+    "dictionaries": View(
+        "dictionaries: sparse autoencoders and transcoders",
+        (
+            _DICTIONARY,
+            _column("kind", "VARCHAR", "sae or transcoder"),
+            _column("activation", "VARCHAR", "relu, topk, batchtopk, jumprelu, gated, ..."),
+            _column("n_latents", "BIGINT", "latents"),
+            _column("d_in", "INTEGER", "width of the rows that it encodes"),
+            _column("d_out", "INTEGER", "width of what it decodes to"),
+            _column("k", "DOUBLE", "latents per row, of activations that fix it; null otherwise"),
+            _column("hook_point", "VARCHAR", "where its rows come from"),
+            _column("hook_point_out", "VARCHAR", "where a transcoder's output belongs; null of an sae"),
+            _column("source", "VARCHAR", "format that it was imported from, or how it was trained"),
+            _column("is_complete", "BOOLEAN", "its weights are stored"),
+            _NBYTES,
+            _CREATED,
+            _column(
+                "fingerprint", "VARCHAR", "SHA-256 of the configuration, which holds that of the weights"
+            ),
+            _column("config", "VARCHAR", "the configuration as JSON"),
+        ),
+    ),
+    "encodings": View(
+        "runs encoded with dictionaries: what codes, postings, pooled_codes and latents are of, and how complete they are",
+        (
+            _DICTIONARY,
+            _ENCODED_RUN,
+            _column("hook_point", "VARCHAR", "place whose activations were encoded"),
+            _column("tokenization", "VARCHAR", "tokenization that the rows belong to"),
+            _column("value_dtype", "VARCHAR", "number type of the values: float16 or float32"),
+            _column("n_latents", "BIGINT", "latents of the dictionary"),
+            _column("n_rows", "BIGINT", "token rows encoded so far, those on which nothing fires included"),
+            _column("n_codes", "BIGINT", "codes stored so far"),
+            _column("is_complete", "BOOLEAN", "every stored row of the run is encoded"),
+            _column("has_postings", "BOOLEAN", "postings and statistics of all latents are stored"),
+            _column("nbytes", "BIGINT", "stored bytes of codes, pooled codes, postings and statistics"),
+            _CREATED,
+        ),
+    ),
+    "latents": View(
+        "statistics of every latent of a dictionary on a run, exact over all its rows; those of all latents are there once "
+        "encodings.has_postings",
+        (
+            _DICTIONARY,
+            _ENCODED_RUN,
+            _LATENT,
+            _column("n_tokens", "BIGINT", "rows on which it fires"),
+            _column("n_docs", "BIGINT", "documents in which it fires"),
+            _column("density", "DOUBLE", "share of the rows on which it fires"),
+            _column("doc_density", "DOUBLE", "share of the documents in which it fires"),
+            _column("mean", "DOUBLE", "mean of its values where it fires; null of a dead latent"),
+            _column("max", "DOUBLE", "largest value; null of a dead latent"),
+            _column("sum", "DOUBLE", "sum of its values"),
+            _column("max_row", "BIGINT", "first row with the largest value"),
+            _column(
+                "quantiles", "FLOAT[]", "0.5, 0.9, 0.95, 0.99 and 0.999 quantile of the values where it fires"
+            ),
+            _column(
+                "hist_bins",
+                "INTEGER[]",
+                "histogram: float16 bits of the values without their lowest 6, ascending",
+            ),
+            _column("hist_counts", "BIGINT[]", "histogram: values in each bin"),
+            _column("top_tokens_by_count", TOP_TOKENS, "tokens on which it fires most often"),
+            _column("top_tokens_by_mean", TOP_TOKENS, "tokens on which it fires most strongly"),
+            _column("single_token_score", "DOUBLE", "share of its firing that is on its most frequent token"),
+            _column("decoder_norm", "DOUBLE", "length of its decoder direction"),
+            _column("is_dead", "BOOLEAN", "it fires on no row"),
+            _column("is_ultra_dense", "BOOLEAN", "it fires on more than 10 % of the rows"),
+            _column("promoted", LOGITS, "vocabulary that its decoder raises most; null without a model"),
+            _column("suppressed", LOGITS, "vocabulary that its decoder lowers most; null without a model"),
+        ),
+    ),
+    "codes": View(
+        "codes: which latents fire on which rows, of every encoded run, the units encoded so far. Decoded for the query: "
+        "conditions on dictionary, run, row and latent (=, IN, <, BETWEEN) are looked up instead of read through",
+        _CODES,
+    ),
+    "postings": View(
+        "the rows of codes of those runs whose postings are complete: conditions on latent are looked up",
+        _CODES,
+    ),
+    "pooled_codes": View(
+        "codes of whole documents, the latents of largest sum of each; documents that lie in units not encoded yet are not there",
+        (
+            _DICTIONARY,
+            _ENCODED_RUN,
+            _column("doc_id", "BIGINT", "number of the document in the run's corpus"),
+            _LATENT,
+            _column("max", "FLOAT", "the latent's largest value in the document"),
+            _column(
+                "mean", "DOUBLE", "its mean over all tokens pooled, those on which it does not fire included"
+            ),
+            _column("sum", "DOUBLE", "sum of its values"),
+            _column("count", "BIGINT", "tokens on which it fires"),
         ),
     ),
     "units": View(

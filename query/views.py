@@ -1,7 +1,8 @@
 """Where do the rows of each view come from? (What the views are, and their columns: `actstore.query.view_docs`.)
 
 Views over manifests (runs, hook points, units, ...) are small Arrow tables made from the state. Views over stored Parquet
-(`documents`, `tokens`, `pooled`) are read by DuckDB from checked local files, so that filters and projections reach the files.
+(`documents`, `tokens`, `pooled`, `latents`) are read by DuckDB from checked local files, so that filters and projections reach
+the files. Views over codes are decoded as DuckDB asks for them (`actstore.query.code_views`).
 Only what a query mentions is prepared.
 """
 
@@ -20,6 +21,7 @@ from actstore.names import hook_point_folder
 from actstore.pooled_tables import pooled_column, pooled_objects
 from actstore.store import Store
 
+from .code_relations import CODE_STATE_VIEWS, CODE_VIEWS, Branches, Reads, code_branches
 from .duck import quote_name, quote_text
 from .view_docs import VIEWS
 
@@ -33,6 +35,12 @@ class Prepared:
     files: list[str] = field(default_factory=list)
     nbytes: int = 0
     """Stored bytes of `files`."""
+
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Relations that are decoded when they are read, see `actstore.query.code_views`."""
+
+    reads: Reads = field(default_factory=Reads)
+    """What reading them comes to."""
 
 
 def prepare_views(store: Store, names: Collection[str], *, empty: bool) -> Prepared:
@@ -51,6 +59,8 @@ def prepare_views(store: Store, names: Collection[str], *, empty: bool) -> Prepa
             _prepare_tokens(store, prepared, empty=empty)
         elif name == "pooled":
             _prepare_pooled(store, prepared, empty=empty)
+        elif name in CODE_VIEWS:
+            _prepare_codes(store, prepared, name, empty=empty)
         else:
             rows = list(_STATE_VIEWS[name](store))
             prepared.tables[name] = pa.Table.from_pylist(rows, schema=VIEWS[name].schema)
@@ -154,6 +164,15 @@ def _prepare_pooled(store: Store, prepared: Prepared, *, empty: bool) -> None:
                 f"SELECT {', '.join(named)}, doc_id, {n_tokens} AS n_tokens, {vector} AS vector FROM {_read_parquet(files)}"
             )
     prepared.views.append("CREATE VIEW pooled AS " + " UNION ALL ".join(branches))
+
+
+def _prepare_codes(store: Store, prepared: Prepared, name: str, *, empty: bool) -> None:
+    branches = Branches() if empty else code_branches(store, name, prepared.reads)
+    prepared.sources |= branches.sources
+    prepared.files += branches.files
+    prepared.nbytes += branches.nbytes
+    selects = " UNION ALL ".join([_empty_branch(name), *branches.selects])
+    prepared.views.append(f"CREATE VIEW {name} AS {selects}")
 
 
 def _read_parquet(files: Iterable[str]) -> str:
@@ -281,4 +300,5 @@ _STATE_VIEWS: dict[str, Callable[[Store], Iterable[dict[str, Any]]]] = {
     "tokenizations": _tokenizations,
     "units": _units,
     "view_columns": _view_columns,
+    **CODE_STATE_VIEWS,
 }

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore.arrow_arrays import NUMPY_TYPES, to_array
 from actstore.errors import ErrorKind, FormatError
 from actstore.int8 import Int8Error
 from actstore.stats.sinks import RowNorms
@@ -138,9 +139,7 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
     if not pa.types.is_list(kind):
         return pa.array(values, kind)
     lengths = [0 if value is None else len(value) for value in values]
-    flat = np.concatenate(
-        [np.zeros(0, kind.value_type.to_pandas_dtype()), *(v for v in values if v is not None)]
-    )
+    flat = np.concatenate([np.zeros(0, NUMPY_TYPES[kind.value_type]), *(v for v in values if v is not None)])
     return pa.ListArray.from_arrays(
         pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()),
         pa.array(flat, kind.value_type),
@@ -173,5 +172,5 @@ def _cell(table: pa.Table, name: str, i: int) -> Any:
         return scalar.as_py()
     if not scalar.is_valid:
         return None
-    values: npt.NDArray[Any] = scalar.values.to_numpy(zero_copy_only=False)
-    return values.astype(STATS_SCHEMA.field(name).type.value_type.to_pandas_dtype())
+    values: npt.NDArray[Any] = to_array(scalar.values)
+    return values.astype(NUMPY_TYPES[STATS_SCHEMA.field(name).type.value_type])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.query.make_codes import add_codes, random_codes, stored_rows
 from tests.query.make_store import add_run, make_store, random_values
 
 WIDTHS = {"layers.0.resid_post": 12, "layers.1.mlp_act": 24}
@@ -32,3 +33,28 @@ def overlapping(tmp_path_factory):
     widths = {"layers.0.resid_post": 16}
     add_run(made, "run", widths, random_values(4, widths))
     return made
+
+
+@pytest.fixture(scope="session")
+def coded(tmp_path_factory):
+    """A run encoded with two dictionaries, one of them full of ties, and codes that are not complete or without postings."""
+    made = make_store(str(tmp_path_factory.mktemp("query") / "c.store"), seed=3, n_documents=60)
+    add_run(made, "run", WIDTHS, random_values(5, WIDTHS, sinks=True))
+    add_run(made, "part", WIDTHS, random_values(6, WIDTHS), skip_units=(1,), seal=False)
+    n = len(stored_rows(made, "run"))
+    half = stored_rows(made, "run", (0, 5))
+    return {
+        "sae": add_codes(made, random_codes(n, 60, seed=1, ties=True)),
+        "other": add_codes(
+            made,
+            random_codes(n, 30, seed=2, per_row=4, dtype="float32"),
+            dictionary="other",
+            hook_point="layers.1.mlp_act",
+            value_dtype="float32",
+        ),
+        "bare": add_codes(made, random_codes(n, 40, seed=3), dictionary="bare", postings=False),
+        "half": add_codes(
+            made, random_codes(len(half), 40, seed=4), dictionary="half", skip_units=(0, 5), seal=False
+        ),
+        "part": add_codes(made, random_codes(len(stored_rows(made, "part")), 60, seed=5), run="part"),
+    }

@@ -23,7 +23,7 @@ from actstore.int8 import Int8Transform, fit_int8, quantise
 from actstore.log.values import Add, Create, Seal
 from actstore.names import hook_point_folder
 from actstore.sampling import Sample
-from actstore.stats import block_stats, merge_stats, stats_to_table
+from actstore.stats import RowTokens, block_stats, merge_stats, stats_to_table
 from actstore.storage import write_new
 from actstore.store import Store
 from actstore.tokenization import TOKEN_SCHEMA
@@ -162,7 +162,7 @@ def cut_windows(
             end = at + len(WORDS[w])
             spans.append((at - (at > 0), end))  # the space before a word belongs to it
             at = end + 1
-        assert spans[-1][1] == len(text)
+        assert (spans[-1][1] if spans else 0) == len(text)
         body = window - bos
         for number, first in enumerate(range(0, max(1, len(words) - overlap), body - overlap)):
             made = [Token(-1, doc_id, first, BOS, 0, 0, True, number, 0)] if bos else []
@@ -232,6 +232,15 @@ def is_kept(row: int, sample: Sample) -> bool:
     return mixed((key + (row + 1) * gamma) & mask) < Fraction(sample.rate) * (1 << 64)
 
 
+def row_tokens(tokens: list[Token]) -> RowTokens:
+    """What the statistics are told of the rows."""
+    return RowTokens(
+        np.array([t.row for t in tokens], np.int64),
+        np.array([t.token_id for t in tokens], np.int32),
+        np.array([t.window_position for t in tokens], np.int32),
+    )
+
+
 def moments(values, hook_point: str, made: Made) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of all finite rows."""
     rows = np.concatenate([values(hook_point, tokens) for tokens in by_unit(made).values()])
@@ -249,9 +258,12 @@ def naive_numbers(stored: np.ndarray, transform: Int8Transform) -> np.ndarray:
 
 def add_run(
     made: Made, name: str, hook_points: dict[str, int], values, *, dtype: str = "float32", codec: str = "hot",
-    skip_units: tuple[int, ...] = (), seal: bool = True, sample: Sample | None = None,
+    skip_units: tuple[int, ...] = (), seal: bool = True, sample: Sample | None = None, names_sinks: bool = False,
 ) -> None:  # fmt: skip
-    """Write a run; `values(hook_point, tokens)` gives float32 rows. What int8 makes of them is read here in float64."""
+    """Write a run; `values(hook_point, tokens)` gives float32 rows. What int8 makes of them is read here in float64.
+
+    Its statistics name the rows of largest norm if `names_sinks`.
+    """
     store = made.store
     tokenization = store.tokenization(made.tokenization)
     rows_per_unit = tokenization.rows_per_unit
@@ -303,7 +315,7 @@ def add_run(
                 np.concatenate([np.empty(0, np.uint32), *parts]),
                 int((~np.isfinite(acts)).sum()),
             )
-            unit_stats.append(block_stats(h, acts))
+            unit_stats.append(block_stats(h, acts, tokens=row_tokens(tokens) if names_sinks else None))
         meta = {"nonfinite": bad}
         if tokens:
             key = sums_key(name, unit.unit, attempt)
