@@ -21,11 +21,12 @@ from actstore.errors import (
     NotFoundError,
     StorageError,
 )
+from actstore.patterns import fires
 from actstore.result import Result
 from actstore.run import Run
 from actstore.store import Store
 from actstore.store import open_store as open  # noqa: A004 - the name users know from every store of this kind
-from actstore.targets import direction, latent, neuron, parse_target
+from actstore.targets import direction, document, latent, neuron, parse_target
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,8 @@ __all__ = [
     "StorageError",
     "Store",
     "direction",
+    "document",
+    "fires",
     "latent",
     "neuron",
     "open",

@@ -132,6 +132,7 @@ class Codes:
         if self.value_dtype not in VALUE_DTYPES or min(self.n_latents, self.rows_per_unit) < 1:
             raise _broken(collection, f"values of {self.value_dtype!r}, {self.n_latents} latents")
         self._layout = _layout(collection, run, self.hook_point, self.rows_per_unit)
+        self._layout_units = {unit.unit: unit for unit in self._layout.units}
         self._units: dict[int, UnitCodes] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -247,7 +248,7 @@ class Codes:
 
     def unit_rows(self, number: int) -> Int64s:
         """Return the row numbers of a unit's codes, ascending; raises as `unit` does."""
-        found = next((unit for unit in self._layout.units if unit.unit == number), None)
+        found = self._layout_units.get(number)
         if found is None:
             self.unit(number)
             return np.empty(0, np.int64)

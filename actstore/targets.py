@@ -4,14 +4,18 @@ import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from actstore.checks import check_whole
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.hook_points import canonical_hook_point
 from actstore.names import check_name
+
+if TYPE_CHECKING:
+    from actstore.patterns import Fires, Pattern
 
 MAX_WIDTH = 1 << 20
 """Longest vector accepted; the widest hook points known are below 2^18."""
@@ -74,6 +78,31 @@ class Latent:
     def label(self) -> str:
         """The target as the command line writes it."""
         return f"latent:{self.dictionary}:{self.index}"
+
+    def __and__(self, other: "Pattern | Latent") -> "Pattern":
+        """Return the pattern that both fire near each other; see `actstore.patterns`."""
+        return self._fires() & other
+
+    def __or__(self, other: "Pattern | Latent") -> "Pattern":
+        """Return the pattern that one of the two fires."""
+        return self._fires() | other
+
+    def __invert__(self) -> "Pattern":
+        """Return the pattern that it does not fire."""
+        return ~self._fires()
+
+    def __gt__(self, bound: float) -> "Fires":
+        """Return the pattern that it fires above `bound`."""
+        return self._fires() > bound
+
+    def __lt__(self, bound: float) -> "Fires":
+        """Return the pattern that it fires below `bound`."""
+        return self._fires() < bound
+
+    def _fires(self) -> "Fires":
+        from actstore.patterns import Fires
+
+        return Fires(self)
 
 
 Target: TypeAlias = Neuron | Direction | Latent
@@ -139,6 +168,25 @@ def latent(dictionary: str, index: int) -> Latent:
     'latent:sae:12'
     """
     return Latent(check_name(dictionary, what="dictionary name"), _check_index(index, what="latent"))
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document of the run's corpus, as the subject of a question."""
+
+    doc_id: int
+
+
+def document(doc_id: int) -> Document:
+    """Return the subject that is a whole document, for `run.active(document(7), "sae")`.
+
+    Raises:
+        InvalidInputError: not a whole number of 0 or more.
+
+    >>> document(7)
+    Document(doc_id=7)
+    """
+    return Document(check_whole(doc_id, what="document number", least=0))
 
 
 def parse_target(text: str) -> Target:

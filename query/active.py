@@ -12,9 +12,10 @@ from actstore.codes import Codes
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.result import Meta, Result
 from actstore.run import Run
+from actstore.targets import Document, document
 
 from .answer import DEFAULT_MEMORY_BYTES, check_choice
-from .coded_tokens import CodedTokens, Document, document, read_subject
+from .coded_tokens import CodedTokens, read_subject
 from .latent_filter import Float64s, Int64s, KnownLatents, LatentOptions, check_density, know_latents
 from .latents import run_warnings
 from .scan import check_k

@@ -9,12 +9,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actstore._lazy import lazy_import
-from actstore.checks import check_whole, is_whole
+from actstore.checks import is_whole
 from actstore.codes import Codes
 from actstore.dictionary import Dictionary
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.run import Run
 from actstore.sparse import SparseRows
+from actstore.targets import Document
 
 from .eligible import Masks, Removed, check_selection
 from .row_mask import RowMask, sink_rule
@@ -27,25 +28,6 @@ MAX_ROWS = 1 << 22
 """Most tokens in one question: what is held of each takes about 40 bytes."""
 
 _BATCH_ROWS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A document of the run's corpus, as the subject of a question."""
-
-    doc_id: int
-
-
-def document(doc_id: int) -> Document:
-    """Return the subject that is a whole document, for `run.active(document(7), "sae")`.
-
-    Raises:
-        InvalidInputError: not a whole number of 0 or more.
-
-    >>> document(7)
-    Document(doc_id=7)
-    """
-    return Document(check_whole(doc_id, what="document number", least=0))
 
 
 @dataclass(slots=True)

@@ -8,13 +8,13 @@ import numpy.typing as npt
 
 from actstore.codes import Codes
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.patterns import Conjunction, Fires
 from actstore.postings import Postings
 from actstore.run import Run
 from actstore.targets import Latent
 
 from .cofiring import near_rows
 from .latent_filter import has_statistics
-from .patterns import Conjunction, Fires
 
 Bools = npt.NDArray[np.bool_]
 Float64s = npt.NDArray[np.float64]

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from actstore.checks import check_whole
 from actstore.codes import Codes
+from actstore.patterns import Conjunction, Fires, Pattern, conjunctions, describe, fires, parse_pattern
 from actstore.result import Meta, Result
 from actstore.run import Run
 from actstore.targets import Latent
@@ -28,7 +29,6 @@ from .eligible import Masks, Removed, Selection
 from .firings import Firings, find_firings, is_encoded
 from .fold import Fold
 from .latents import run_warnings
-from .patterns import Conjunction, Fires, Pattern, conjunctions, describe, fires, parse_pattern
 from .row_contexts import describe_shown, show_rows
 from .row_mask import RowMask, sink_rule
 from .scan import check_k

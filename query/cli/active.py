@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from actstore.query.coded_tokens import document
 from actstore.store import open_store
+from actstore.targets import document
 
 from ._latents import add_latent_arguments, add_mask_arguments, latent_options, mask_options
 from ._print import print_result

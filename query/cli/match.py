@@ -2,7 +2,7 @@
 
 import argparse
 
-from actstore.query.patterns import parse_pattern
+from actstore.patterns import parse_pattern
 from actstore.store import open_store
 
 from ._print import add_row_arguments, print_result, row_options

@@ -9,8 +9,8 @@ import pytest
 import actstore
 from actstore.cli import main
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
+from actstore.patterns import conjunctions, leaves
 from actstore.query.match import fires
-from actstore.query.patterns import conjunctions, leaves
 from tests.query import naive
 from tests.query.make_store import WORDS
 

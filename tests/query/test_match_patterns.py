@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from actstore.errors import ErrorKind, InvalidInputError
-from actstore.query.cofiring import match_anchors, near_rows, stretch, strongest
-from actstore.query.patterns import (
+from actstore.patterns import (
     AllOf,
     AnyOf,
     Fires,
@@ -18,6 +17,7 @@ from actstore.query.patterns import (
     leaves,
     parse_pattern,
 )
+from actstore.query.cofiring import match_anchors, near_rows, stretch, strongest
 from actstore.targets import latent, neuron
 
 LEAVES = [fires(latent("s", i)) for i in range(4)]
@@ -178,3 +178,10 @@ def test_stretched_coordinates_keep_segments_apart():
             assert (abs(int(where[i]) - int(where[j])) <= within) == near
     rows, others = np.array([1, 5, 9]), np.array([3, 20])
     assert near_rows(rows, others, 2).tolist() == [True, True, False]
+
+
+def test_latents_are_patterns_by_themselves():
+    a, b = latent("sae", 3), latent("sae", 9)
+    assert conjunctions(a & b) == conjunctions(fires(a) & fires(b))
+    assert conjunctions(a | (b > 0.5)) == conjunctions(fires(a) | (fires(b) > 0.5))
+    assert conjunctions((a < 2.0) & ~b) == conjunctions((fires(a) < 2.0) & ~fires(b))
