@@ -26,6 +26,51 @@ KIND = "run"
 _FENCE_TRIES = 10
 
 
+@dataclass(frozen=True, slots=True)
+class CommitTarget:
+    """The collection whose units a job commits, and at which epoch; pickles."""
+
+    kind: str
+    id: str
+    fingerprint: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCommitter:
+    """Commits the units of one collection of any kind at one epoch."""
+
+    log: CommitLog
+    target: CommitTarget
+
+    def commit(self, units: Sequence[WrittenUnit]) -> int:
+        """Make the units, and what they bring for other collections, live in one version, and return it.
+
+        Units that are live already stay as they are.
+
+        Raises:
+            ConflictError: a newer job has fenced this one off, or tombstoned an object.
+            StorageError: the storage failed; nothing is lost, commit again.
+        """
+        target = self.target
+        adds: list[Action] = []
+        for unit in units:
+            own = Add(
+                kind=target.kind,
+                id=target.id,
+                epoch=target.epoch,
+                fingerprint=target.fingerprint,
+                unit=unit.unit,
+                rows=unit.rows,
+                nonfinite=unit.nonfinite,
+                attempt=unit.attempt,
+                objects=unit.objects,
+                meta=unit.meta,
+            )
+            adds += [own, *unit.also]
+        return self.log.commit(adds, txn=uuid.uuid4().hex).version
+
+
 @dataclass(slots=True)
 class Committer:
     """Commits the units of one run at one epoch."""
@@ -41,23 +86,7 @@ class Committer:
             ConflictError: a newer job has fenced this one off, or tombstoned an object.
             StorageError: the storage failed; nothing is lost, commit again.
         """
-        plan = self.plan
-        adds: list[Action] = [
-            Add(
-                kind=KIND,
-                id=plan.run,
-                epoch=plan.epoch,
-                fingerprint=plan.fingerprint,
-                unit=unit.unit,
-                rows=unit.rows,
-                nonfinite=unit.nonfinite,
-                attempt=unit.attempt,
-                objects=unit.objects,
-                meta=unit.meta,
-            )
-            for unit in units
-        ]
-        return self.log.commit(adds, txn=uuid.uuid4().hex).version
+        return UnitCommitter(self.log, commit_target(self.plan)).commit(units)
 
     def seal(
         self,
@@ -148,16 +177,21 @@ class Committer:
                 yield write_new(self.log.storage, key, [merged])
 
 
-def take_over(log: CommitLog, run: str) -> int:
-    """Give the run a new epoch, so that no earlier job can commit to it any more, and return the epoch.
+def commit_target(plan: RunPlan) -> CommitTarget:
+    """Return the collection that a run's units go to."""
+    return CommitTarget(kind=KIND, id=plan.run, fingerprint=plan.fingerprint, epoch=plan.epoch)
+
+
+def take_over(log: CommitLog, id: str, *, kind: str = KIND) -> int:
+    """Give the collection a new epoch, so that no earlier job can commit to it any more, and return the epoch.
 
     Raises:
         ConflictError: other jobs keep doing the same.
     """
     for _ in range(_FENCE_TRIES):
-        epoch = log.latest().collection(KIND, run).epoch + 1
+        epoch = log.latest().collection(kind, id).epoch + 1
         try:
-            log.commit([Fence(kind=KIND, id=run, epoch=epoch)], txn=uuid.uuid4().hex)
+            log.commit([Fence(kind=kind, id=id, epoch=epoch)], txn=uuid.uuid4().hex)
         except ConflictError as error:
             if error.kind is not ErrorKind.FENCED:
                 raise
@@ -165,5 +199,5 @@ def take_over(log: CommitLog, run: str) -> int:
             return epoch
     raise StorageError(
         ErrorKind.STORAGE_FAILED,
-        f"run {run!r} was taken over by other jobs {_FENCE_TRIES} times in a row: stop the other ingest jobs of it",
+        f"{kind} {id!r} was taken over by other jobs {_FENCE_TRIES} times in a row: stop the other jobs of it",
     )

@@ -10,6 +10,8 @@ from actstore.checks import check_whole
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.names import check_name
 
+from .encoding.plan import POOL_TOP_M
+
 DTYPES = {
     "fp32": "float32",
     "float32": "float32",
@@ -20,9 +22,10 @@ DTYPES = {
 }
 """Accepted spellings of a floating-point type, to the one that is stored."""
 
+CODE_DTYPES = ("float16", "float32")
 CODECS = ("hot", "lz4", "cold")
 POLICIES = ("error", "mask")
-KEEPS = ("dense", "pooled")
+KEEPS = ("dense", "pooled", "codes")
 POOLINGS = ("mean", "last", "max", "weighted_mean")
 
 
@@ -62,13 +65,22 @@ class IngestConfig:
     """Row numbers per unit of work; "auto" fits it to the corpus (2,048 to 65,536)."""
 
     keep: Sequence[str] = ("dense",)
-    """What is stored: `dense` rows, `pooled` document vectors, or both."""
+    """What is stored: `dense` rows, `pooled` document vectors, `codes` of the rows in dictionaries, or several of them."""
 
     poolings: Sequence[str] = POOLINGS
     """Which pooled vectors, of mean, last, max, weighted_mean (weights grow with the position); used where `keep` has pooled."""
 
     pool_special: bool = False
-    """Whether special tokens enter pooled vectors."""
+    """Whether special tokens enter pooled vectors and codes."""
+
+    dictionary: Sequence[str] = ()
+    """Dictionaries in the store, each of one of the hook points, whose codes `keep` asks for: rows are encoded as they come."""
+
+    codes_dtype: str = "float16"
+    """Stored type of the codes: float16 or float32."""
+
+    pool_top_m: int = POOL_TOP_M
+    """Latents whose pooled codes are kept of each document, those of the largest sums."""
 
     sample: float = 1.0
     """Share of the token rows that dense storage keeps, chosen by a hash of row number and `seed`."""
@@ -193,6 +205,7 @@ class IngestConfig:
             ("dtype", ["auto", *DTYPES, "int8"]),
             ("compute_dtype", ["auto", *DTYPES]),
             ("codec", CODECS),
+            ("codes_dtype", CODE_DTYPES),
             ("nonfinite", POLICIES),
         ):
             value = getattr(self, field)
@@ -210,7 +223,7 @@ class IngestConfig:
                 raise _bad(field, getattr(self, field), "true or false")
 
     def _check_numbers(self) -> None:
-        for field in ("workers", "min_workers", "batch_tokens", "max_attempts", "commit_units"):
+        for field in ("workers", "min_workers", "batch_tokens", "max_attempts", "commit_units", "pool_top_m"):
             check_whole(getattr(self, field), what=field, least=1)
         for field in ("seed", "allow_failed", "overlap"):
             check_whole(getattr(self, field), what=field, least=0)
@@ -234,18 +247,21 @@ class IngestConfig:
             raise _bad(field, value, expected)
 
     def _check_lists(self) -> None:
-        for field, known in (("hook_points", None), ("keep", KEEPS), ("poolings", POOLINGS)):
+        lists = ("hook_points", None), ("keep", KEEPS), ("poolings", POOLINGS), ("dictionary", None)
+        for field, known in lists:
             value = getattr(self, field)
-            texts = not isinstance(value, str) and isinstance(value, Sequence) and len(value) > 0
+            texts = not isinstance(value, str) and isinstance(value, Sequence)
+            texts = texts and (len(value) > 0 or field == "dictionary")
             if not texts or not all(
                 isinstance(v, str) and v and (known is None or v in known) for v in value
             ):
+                names = {"hook_points": "hook points", "dictionary": "names"}
                 expected = (
-                    "a non-empty list of hook points" if known is None else f"a list of {', '.join(known)}"
+                    f"a non-empty list of {names[field]}" if known is None else f"a list of {', '.join(known)}"
                 )
                 raise _bad(field, value, expected)
-            if known is not None and len(set(value)) < len(value):
-                raise _bad(field, value, f"a list of {', '.join(known)}, each once")
+            if field != "hook_points" and len(set(value)) < len(value):
+                raise _bad(field, value, f"a list of {', '.join(known or ['names'])}, each once")
 
     def _check_together(self) -> None:
         if self.ray_address is None and self.workers > 1:
@@ -256,8 +272,9 @@ class IngestConfig:
             why = "left out where nothing is pooled: add pooled to keep"
             if set(self.poolings) != set(POOLINGS):
                 raise _bad("poolings", self.poolings, why)
-            if self.pool_special:
+            if self.pool_special and "codes" not in self.keep:
                 raise _bad("pool_special", self.pool_special, why)
+        self._check_codes()
         if "dense" not in self.keep:
             for field, default in (("sample", 1.0), ("covariance", False), ("codec", "hot")):
                 if getattr(self, field) != default:
@@ -276,6 +293,19 @@ class IngestConfig:
             raise _bad("codec", self.codec, "hot or lz4 with dtype int8, which zstd barely shrinks")
         if self.device_map is not None and self.device != "auto":
             raise _bad("device", self.device, "auto with device_map, which places the model itself")
+
+    def _check_codes(self) -> None:
+        if "codes" in self.keep:
+            if not self.dictionary:
+                raise _bad("dictionary", self.dictionary, "a list of dictionaries where keep has codes")
+            if tuple(self.keep) == ("codes",) and self.self_check:
+                why = "0 where only codes are kept, which are not compared: add dense or pooled to keep"
+                raise _bad("self_check", self.self_check, why)
+            return
+        for field, default in (("dictionary", ()), ("codes_dtype", "float16"), ("pool_top_m", POOL_TOP_M)):
+            value = getattr(self, field)
+            if (tuple(value) if field == "dictionary" else value) != default:
+                raise _bad(field, value, "left out where no codes are kept: add codes to keep")
 
 
 def _bad(field: str, value: object, expected: str) -> InvalidInputError:

@@ -21,6 +21,7 @@ from .capture import Capturer
 from .check_documents import check_documents
 from .check_rows import DocumentCheck
 from .config import DTYPES, IngestConfig
+from .encoding.writers import open_writers
 from .host_memory import keep_freed_memory, release_freed_memory
 from .models import LoadedModel, load_model
 from .probe import Probe, run_probe
@@ -152,6 +153,11 @@ class ModelHost:
         with self._lock:
             return check_documents(self._capturer.loaded, store, run, documents)
 
+    @property
+    def _device(self) -> str:
+        assert self._capturer is not None
+        return str(self._capturer.loaded.device)
+
     def _writer(self, url: str, plan: RunPlan, open_: Callable[[], Store]) -> UnitWriter:
         self.describe()
         with self._lock:
@@ -159,8 +165,9 @@ class ModelHost:
             if self._bound is None or self._bound[0] != (url, plan):
                 store = open_()
                 tokenization = store.tokenization(plan.tokenization)
+                codes = open_writers(store, tokenization, plan.codes, device=self._device)
                 writer = UnitWriter(
-                    store.storage, tokenization, plan, self._capture(), streams=self._n_streams
+                    store.storage, tokenization, plan, self._capture(), streams=self._n_streams, codes=codes
                 )
                 self._bound = (url, plan), writer
             return self._bound[1]

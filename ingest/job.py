@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import actstore
@@ -29,6 +30,13 @@ from .flow import Counters, Outcome, Progress
 from .host import ModelDescription
 from .report import IngestReport as IngestReport
 from .report import failure_error, make_report, nothing_succeeded, with_documents
+from .run_codes import (
+    check_dictionaries,
+    codes_are_complete,
+    ensure_run_codes,
+    finish_run_codes,
+    take_over_codes,
+)
 from .run_plan import check_same_config, dtype_to_store, make_plan, tokenize_settings
 from .run_plan import run_config as run_config
 from .scheduler import Limits, Scheduler
@@ -90,17 +98,26 @@ def run_ingest(
         events.export(ray_sinks())
         model = backend.describe()
         dtype_to_store(config, model)  # refused before the corpus is tokenized
+        check_dictionaries(store, config, model)
         tokenization = _tokenize(store, config, model, events.say)
         collection = _create_or_find(store, config, backend, model, tokenization, events.say)
+        codes = ensure_run_codes(store, store.run(config.run))
         if collection.is_sealed:
-            checked = "; its self-check is the one made when it was completed" if config.self_check else ""
-            events.say(f"run {config.run} is complete already{checked}")
-            return make_report(store, config.run, events=events)
-        # Only now: before, there is no unit to wait for, and an interrupt should end loading or tokenizing at once.
-        with stop_on_signals(stop, events.say):
-            return _run_units(store, config, backend, collection, progress, events, stop)
+            if codes_are_complete(store, codes):
+                checked = "; its self-check is the one made when it was completed" if config.self_check else ""
+                events.say(f"run {config.run} is complete already{checked}")
+            report = make_report(store, config.run, events=events)
+        else:
+            # Only now: before, there is no unit to wait for, and an interrupt should end loading or tokenizing at once.
+            with stop_on_signals(stop, events.say):
+                report = _run_units(store, config, backend, collection, codes, progress, events, stop)
     finally:
         backend.close()
+    if not codes or not report.is_complete:
+        return report
+    # The workers are gone: those that build postings need their places.
+    finish_run_codes(store, codes, config, notice=events.say, stop=stop)
+    return replace(report, version=store.refresh().version, is_complete=codes_are_complete(store, codes))
 
 
 def _tokenize(
@@ -207,12 +224,14 @@ def _run_units(
     config: IngestConfig,
     backend: Backend,
     collection: Collection,
+    codes: Sequence[Collection],
     progress: Callable[[Progress], None] | None,
     events: JobEvents,
     stop: threading.Event,
 ) -> IngestReport:
     tokenization = store.tokenization(collection.config["tokenization"])
     plan = make_plan(collection, epoch=take_over(store.log, config.run))
+    plan = take_over_codes(store, plan, codes)
     run = store.refresh().state.collection(KIND, config.run)
     units = tokenization.collection.units
     pending = [unit for unit in sorted(units) if unit not in run.units]

@@ -119,7 +119,7 @@ def load_model(
         )
     _check_placement(device, device_map)
     files = find_weights(source, revision=revision, cache_dir=cache_dir, offline=offline)
-    target = _pick_device(device)
+    target = pick_device(device)
     model = _from_pretrained(
         source, files, dtype=dtype, attn_implementation=attn_implementation, device_map=device_map
     )
@@ -285,7 +285,12 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _pick_device(device: str) -> "torch.device":
+def pick_device(device: str) -> "torch.device":
+    """Return the torch device of a name; `auto` takes a GPU where there is one.
+
+    Raises:
+        InvalidInputError: it cannot be used here.
+    """
     import torch
 
     if device == "auto":

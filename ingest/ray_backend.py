@@ -12,14 +12,13 @@ started with `RAY_AUTH_MODE=token` is joined only with the same token: in `RAY_A
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from actstore._lazy import lazy_import
 from actstore.errors import ActstoreError, ErrorKind, InvalidInputError, StorageError
 from actstore.store import Store
 
-from .committer import Committer
-from .config import IngestConfig
+from .committer import CommitTarget, UnitCommitter, commit_target
 from .events import JobEvents
 from .flow import Completion, Pool
 from .host import Job, ModelDescription, ModelHost
@@ -35,12 +34,44 @@ _COMMIT_TIMEOUT_S = 300.0
 _CALL_TRIES = 3
 
 
+class ActorsConfig(Protocol):
+    """What the actors of a job are placed by, and made from; `IngestConfig` is one. Pickles."""
+
+    @property
+    def run(self) -> str:
+        """What the job works on, for messages and metrics."""
+
+    @property
+    def ray_address(self) -> str | None:
+        """The cluster."""
+
+    @property
+    def workers(self) -> int:
+        """Actors at most."""
+
+    @property
+    def min_workers(self) -> int:
+        """Actors that must be ready before the first unit is begun."""
+
+    @property
+    def device(self) -> str:
+        """`auto` and `cuda` reserve GPUs, `cpu` none."""
+
+    @property
+    def gpus_per_worker(self) -> int | None:
+        """GPUs that each reserves; None for one or a share of one."""
+
+    @property
+    def start_timeout_s(self) -> float:
+        """Seconds for which actors may wait for a place."""
+
+
 class RayBackend:
     """A job's actors."""
 
     def __init__(
         self,
-        config: IngestConfig,
+        config: ActorsConfig,
         store: Store,
         *,
         host: type[Any] = ModelHost,
@@ -49,9 +80,10 @@ class RayBackend:
         """Start or join Ray and ask for the actors; waits for none of them.
 
         Args:
-            config: The ingest.
+            config: The ingest, or another job.
             store: Where it goes.
-            host: Class of what an actor holds, made as `host(config, threads=...)`; has the methods of `ModelHost`.
+            host: Class of what an actor holds, made as `host(config, threads=...)`; has `describe` and `run_job_unit` of
+                `ModelHost`.
             events: Told what happens to workers.
 
         Raises:
@@ -110,12 +142,17 @@ class RayBackend:
         raise AssertionError
 
     def start(self, store: Store, plan: RunPlan) -> Pool:
-        """Return the workers as a pool."""
+        """Return the workers as a pool for units of a run."""
+        job = Job(store.url, store.version, store.storage_options, plan)
+        return self.start_job(store, job, commit_target(plan))
+
+    def start_job(self, store: Store, job: Any, target: CommitTarget) -> Pool:
+        """Return the workers as a pool; each unit comes to `run_job_unit` with `job`, and is committed to `target`."""
         # Committing is idempotent, so Ray may run a call again when the actor died in it.
         remote = self._ray.remote(_CommitterActor).options(num_cpus=0, max_restarts=-1, max_task_retries=3)
-        self._make_committer = lambda: remote.remote(store, plan)
+        self._make_committer = lambda: remote.remote(store, target)
         self._committer = self._make_committer()
-        return RayPool(self._ray, self.workers, Job(store.url, store.version, store.storage_options, plan))
+        return RayPool(self._ray, self.workers, job)
 
     def commit(self, units: Sequence[WrittenUnit]) -> None:
         """Commit through the committer actor; one that does not answer is replaced, and the commit can be tried again."""
@@ -150,8 +187,8 @@ class RayBackend:
 class _CommitterActor:
     """The committer's shell: the one place a job's commits go through."""
 
-    def __init__(self, store: Store, plan: RunPlan) -> None:
-        self._committer = Committer(store.log, store.objects, plan)
+    def __init__(self, store: Store, target: CommitTarget) -> None:
+        self._committer = UnitCommitter(store.log, target)
 
     def commit(self, units: Sequence[WrittenUnit]) -> int:
         """Commit and return the version."""
@@ -161,7 +198,7 @@ class _CommitterActor:
 class RayPool:
     """Spreads units over the workers that are ready, at most two on each."""
 
-    def __init__(self, ray: Any, workers: Workers, job: Job) -> None:
+    def __init__(self, ray: Any, workers: Workers, job: Any) -> None:
         self._ray = ray
         self._workers = workers
         self._job = ray.put(job)

@@ -169,11 +169,18 @@ def _hook_point(name: str, width: int, n_heads: int | None) -> dict[str, Any]:
 
 
 def _kept(config: IngestConfig) -> dict[str, Any]:
-    if "pooled" not in config.keep:
+    if tuple(config.keep) == ("dense",):
         return {}
+    pooled = {"poolings": [p for p in POOLINGS if p in config.poolings]}
+    codes = {
+        "dictionaries": sorted(config.dictionary),
+        "value_dtype": config.codes_dtype,
+        "pool_top_m": config.pool_top_m,
+    }
     return {
         "keep": [k for k in KEEPS if k in config.keep],
-        "poolings": [p for p in POOLINGS if p in config.poolings],
+        **(pooled if "pooled" in config.keep else {}),
+        **({"codes": codes} if "codes" in config.keep else {}),
         **({"pool_special": True} if config.pool_special else {}),
     }
 

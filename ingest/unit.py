@@ -32,10 +32,10 @@ from actstore.stats import HookPointStats, stats_to_table
 from actstore.storage import Storage, write_new
 from actstore.tokenization import Tokenization
 
-from .encoding.plan import KIND as CODES
 from .encoding.plan import CodesPlan
 from .encoding.unit_codes import CodesWriter, blocks_of
 from .pooling import POOLING_COLUMNS, Mask, finite_rows
+from .row_buffers import Buffers
 from .shards import Offsets, StoredRows, store_rows
 from .unit_pooled import UnitPooling, unit_pooling
 from .unit_stats import unit_covariance, unit_stats
@@ -119,34 +119,6 @@ class WrittenUnit:
     """Units of other collections that come of the same rows: they become live in the same commit, or none does."""
 
 
-class Buffers:
-    """Memory of rows that were written, for the rows of the next unit: fresh pages from the kernel cost as much as hashing.
-
-    Holds what the units in flight held and no more.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[Rows]] = {}
-
-    def take(self, n_rows: int, most_rows: int, width: int, dtype: np.dtype[Any]) -> Rows:
-        """Return an array `(n_rows, width)` that holds anything; `most_rows` is what any unit may need."""
-        nbytes = most_rows * width * dtype.itemsize
-        try:
-            raw = self._free.get(
-                nbytes, []
-            ).pop()  # a list's own operations are atomic: two threads may do this at once
-        except IndexError:
-            raw = np.empty(nbytes, np.uint8)
-        return raw[: n_rows * width * dtype.itemsize].view(dtype).reshape(n_rows, width)
-
-    def give(self, rows: Rows) -> None:
-        """Take back an array that `take` gave and nothing refers to any more."""
-        raw = rows
-        while isinstance(raw.base, np.ndarray):
-            raw = raw.base
-        self._free.setdefault(raw.nbytes, []).append(raw)
-
-
 class UnitWriter:
     """Runs units of one run. Several threads may call `run_unit` at once: `streams` compute while others write.
 
@@ -212,7 +184,7 @@ class _UnitWork:
         tokenization: Tokenization,
         plan: RunPlan,
         unit: int,
-        spare: "Buffers",
+        spare: Buffers,
         codes: Sequence[CodesWriter],
     ) -> None:
         self._spare = spare
@@ -295,18 +267,12 @@ class _UnitWork:
     def _encode(self, name: str, rows: Rows, wanted: Offsets | None, kept: Offsets | None) -> None:
         """Store the codes of a hook point's rows, of those at `wanted` if given; they are the tokens at `kept`."""
         for writer in self._codes:
-            plan = writer.plan
-            if plan.hook_point != name:
-                continue
-            with self.timed("codes"):
+            if writer.plan.hook_point == name:
                 encoded = writer.encode(blocks_of(rows, self._plan.capture_dtype, wanted))
-                stored = writer.store(self._unit, self._attempt, encoded, self._tokens, kept=kept)
-            self._also.append(
-                Add(
-                    kind=CODES, id=plan.codes, epoch=plan.epoch, fingerprint=plan.fingerprint, unit=self._unit,
-                    rows=stored.rows, nonfinite=0, attempt=self._attempt, objects=stored.objects, meta=stored.meta,
-                )
-            )  # fmt: skip
+                self._spent["codes"] = self._spent.get("codes", 0.0) + encoded.seconds
+                with self.timed("codes"):
+                    add = writer.add(self._unit, self._attempt, encoded, self._tokens, kept=kept)
+                self._also.append(add)
 
     def _checked(self, name: str, rows: Rows) -> Mask | None:
         """Return which captured rows are finite, None for all, if the run may have others."""

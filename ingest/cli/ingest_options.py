@@ -10,7 +10,7 @@ from typing import Any
 
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.ingest.cli.bars import auto_or_int
-from actstore.ingest.config import CODECS, KEEPS, POLICIES, POOLINGS, IngestConfig
+from actstore.ingest.config import CODE_DTYPES, CODECS, KEEPS, POLICIES, POOLINGS, IngestConfig
 from actstore.ingest.config_file import (
     NO_RAY,
     ConfigFile,
@@ -32,7 +32,10 @@ HELP = {
     "rows_per_unit": "rows per unit of work",
     "keep": f"what is stored: {', '.join(KEEPS)}",
     "poolings": f"which document vectors: {', '.join(POOLINGS)}",
-    "pool_special": "special tokens enter document vectors",
+    "pool_special": "special tokens enter document vectors and codes",
+    "dictionary": "with codes: dictionaries in the store, one or more of each hook point",
+    "codes_dtype": "stored type of codes",
+    "pool_top_m": "latents whose codes are kept of each document",
     "sample": "share of the token rows that is stored",
     "seed": "of what is drawn: sampled rows, documents checked",
     "covariance": "keep each hook point's full covariance",
@@ -60,7 +63,7 @@ HELP = {
 }
 """One line for every field of `IngestConfig`."""
 
-_CHOICES: dict[str, Sequence[str]] = {"codec": CODECS, "nonfinite": POLICIES}
+_CHOICES: dict[str, Sequence[str]] = {"codec": CODECS, "codes_dtype": CODE_DTYPES, "nonfinite": POLICIES}
 _PREFIX = "config_"
 """`run` is the name of a setting and of every command's function."""
 
@@ -122,7 +125,7 @@ def split_names(text: str) -> list[str]:
 
 def _add_option(group: Any, known: Field) -> None:
     text = HELP[known.name]
-    if known.default not in (None, False, "auto") and not known.is_required:
+    if known.default not in (None, False, "auto", ()) and not known.is_required:
         text += f" (default: {_shown(known)})"
     # Absent unless given: what is given wins over the file.
     options: dict[str, Any] = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.ingest.cli import ingest_options
 from actstore.ingest.cli.ingest import add_arguments
-from actstore.ingest.config import CODECS, KEEPS, POLICIES, POOLINGS, IngestConfig
+from actstore.ingest.config import CODE_DTYPES, CODECS, KEEPS, POLICIES, POOLINGS, IngestConfig
 from actstore.ingest.config_file import (
     config_arguments,
     config_fields,
@@ -58,7 +58,7 @@ SHARE = st.floats(min_value=0.001, max_value=1)
 def configs(draw):
     """Configurations that pass their own check, every field drawn."""
     workers = draw(st.integers(1, 9))
-    keep = draw(st.lists(st.sampled_from(KEEPS), min_size=1, max_size=2, unique=True))
+    keep = draw(st.lists(st.sampled_from(KEEPS), min_size=1, max_size=3, unique=True))
     values = {
         "corpus": draw(NAME),
         "model": draw(WORDS),
@@ -88,7 +88,7 @@ def configs(draw):
         "max_attempts": draw(st.integers(1, 9)),
         "allow_failed": draw(st.integers(0, 9)),
         "straggler_factor": draw(st.just(0.0) | st.floats(1.01, 1e6)),
-        "self_check": draw(st.just(0.0) | SHARE),
+        "self_check": 0.0 if keep == ["codes"] else draw(st.just(0.0) | SHARE),
         "commit_units": draw(st.integers(1, 999)),
         "commit_interval_s": draw(st.floats(0, 1e6)),
         "retry_s": draw(st.floats(0, 1e6)),
@@ -102,7 +102,12 @@ def configs(draw):
         values["codec"] = draw(st.sampled_from(CODECS))
     if "pooled" in keep:
         values["poolings"] = draw(st.lists(st.sampled_from(POOLINGS), min_size=1, unique=True))
+    if "pooled" in keep or "codes" in keep:
         values["pool_special"] = draw(st.booleans())
+    if "codes" in keep:
+        values["dictionary"] = draw(st.lists(NAME, min_size=1, max_size=3, unique=True))
+        values["codes_dtype"] = draw(st.sampled_from(CODE_DTYPES))
+        values["pool_top_m"] = draw(st.integers(1, 1 << 20))
     return IngestConfig(**values).check()
 
 
@@ -265,8 +270,15 @@ GOOD = {"corpus": "c", "model": "m", "hook_points": ["embed"], "run": "r"}
         ({"self_check": True}, "self_check"),
         ({"keep": []}, "keep must be a list"),
         ({"keep": "dense"}, "keep must be a list"),
-        ({"keep": ["dense", "dense"]}, "keep must be a list of dense, pooled, each once"),
-        ({"keep": ["codes"]}, "keep must be a list"),
+        ({"keep": ["dense", "dense"]}, "keep must be a list of dense, pooled, codes, each once"),
+        ({"keep": ["sparse"]}, "keep must be a list"),
+        ({"keep": ["codes"]}, "dictionary must be a list of dictionaries where keep has codes"),
+        ({"dictionary": ["sae"]}, "dictionary must be left out where no codes are kept"),
+        ({"keep": ["codes"], "dictionary": ["a", "a"]}, "dictionary must be a list of names, each once"),
+        (
+            {"keep": ["codes"], "dictionary": ["a"], "self_check": 0.1},
+            "self_check must be 0 where only codes are kept",
+        ),
         ({"poolings": ["mean", "mean"], "keep": ["pooled"]}, "poolings must be .* each once"),
         ({"poolings": ["mean"]}, "poolings must be left out where nothing is pooled"),
         ({"pool_special": True}, "pool_special must be left out where nothing is pooled"),
