@@ -2,25 +2,35 @@
 
 import base64
 import datetime as dt
+import importlib
 import io
 import json
 import math
+import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow as pa
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from actstore._lazy import missing
-from actstore.show import SHOWN_ROWS, html_table, terminal_table, visible
+from actstore.save_file import save_file
+from actstore.show import SHOWN_ROWS, terminal_table, visible
+from actstore.show_html import html_details, html_page, html_table
 
 if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
+
+
+PAGE_ROWS = 1000
+"""Rows of an answer that a page of its own shows by default: a few megabytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +156,56 @@ class Result:
         }
         return json.dumps(answer, indent=indent, allow_nan=False)
 
+    def show(
+        self, *, width: int | None = None, colour: bool | None = None, file: TextIO | None = None
+    ) -> None:
+        """Show the answer where it is asked for: a table in a terminal, in a notebook one of HTML.
+
+        Tokens of contexts are shaded by their values; hidden characters are written as escapes, so that nothing in the
+        corpus acts on the terminal or the page. The first 50 rows, and of long contexts the tokens around the hit.
+
+        Args:
+            width: Columns; default: the terminal's, or 120 where there is none.
+            colour: Whether to use colours; default: whether there is a terminal that has them and `NO_COLOR` is not set.
+            file: Where to write text, a notebook too; default: stdout.
+        """
+        if file is None and width is None and colour is None and _show_in_notebook(self):
+            return
+        out = sys.stdout if file is None else file
+        console = Console(
+            file=out,
+            width=width or (None if out.isatty() else shutil.get_terminal_size((120, 24)).columns),
+            force_terminal=colour,
+            force_jupyter=False,
+            color_system="truecolor" if colour else "auto",
+            no_color=None if colour is None else not colour,
+            highlight=False,
+        )
+        console.print(self)
+
+    def to_html(
+        self, path: str | os.PathLike[str], *, title: str | None = None, max_rows: int = PAGE_ROWS
+    ) -> Path:
+        """Write the answer, the question and the store's version as one HTML file, and return its path.
+
+        Everything from the corpus is escaped; the file loads nothing and allows no scripts. It is whole or not there.
+
+        Args:
+            path: The file; one that is there is replaced.
+            title: Heading of the page; default: what was asked.
+            max_rows: Rows shown; the page says how many there are.
+
+        Raises:
+            NotFoundError: the folder of `path` does not exist.
+            StorageError: the file cannot be written.
+        """
+        table = html_table(
+            self.table, title=self._title(), caption=self._caption(max_rows), max_rows=max_rows
+        )
+        question = html_details("Question, masks and version", self.meta.to_dict())
+        page = html_page(title or self._title(), [table, question])
+        return save_file(path, page.encode("utf-8"))
+
     def __repr__(self) -> str:
         width = max(80, shutil.get_terminal_size((120, 24)).columns)
         console = Console(file=io.StringIO(), width=width, no_color=True, legacy_windows=False)
@@ -154,22 +214,23 @@ class Result:
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).rstrip()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        colour = console.color_system is not None and not console.no_color
         yield Text(visible(self._title()), style="bold")
-        yield terminal_table(self.table, width=options.max_width)
-        yield Text(visible(self._caption()), style="dim")
+        yield terminal_table(self.table, width=options.max_width, colour=colour)
+        yield Text(visible(self._caption(SHOWN_ROWS)), style="dim")
 
     def _repr_html_(self) -> str:
-        return html_table(self.table, title=self._title(), caption=self._caption())
+        return html_table(self.table, title=self._title(), caption=self._caption(SHOWN_ROWS))
 
     def _title(self) -> str:
         verb = self.meta.request.get("verb", "result")
         return f"{verb}: {len(self)} rows, store version {self.meta.version}"
 
-    def _caption(self) -> str:
+    def _caption(self, shown: int) -> str:
         meta = self.meta
         parts = []
-        if len(self) > SHOWN_ROWS:
-            parts.append(f"{SHOWN_ROWS} of {len(self)} rows shown")
+        if len(self) > shown:
+            parts.append(f"{shown} of {len(self)} rows shown")
         if meta.n_eligible is not None:
             parts.append(f"{meta.n_eligible} rows eligible")
         if meta.recall is not None:
@@ -177,6 +238,16 @@ class Result:
         parts.append(f"{meta.bytes_read / 1e6:.1f} MB read in {meta.elapsed_s:.2f} s")
         parts += [f"warning: {w}" for w in meta.warnings]
         return "; ".join(parts)
+
+
+def _show_in_notebook(result: Result) -> bool:
+    """Display the answer if this is a notebook, and return whether it is; nothing of Jupyter is imported to find out."""
+    python = sys.modules.get("IPython")
+    shell = python.get_ipython() if python is not None else None
+    if shell is None or not hasattr(shell, "kernel"):
+        return False
+    importlib.import_module("IPython.display").display(result)
+    return True
 
 
 class _JsonValues:

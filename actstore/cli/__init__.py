@@ -20,7 +20,10 @@ from actstore.errors import ActstoreError, ErrorKind, StorageError
 INTERRUPTED = 130
 
 COMMANDS = {
-    "demo": ("actstore.ingest.cli.demo", "train two tiny models, ingest both, ask everything"),
+    "demo": (
+        "actstore.ingest.cli.demo",
+        "train two tiny models and a sparse autoencoder, ingest, encode, ask everything",
+    ),
     "import": ("actstore.ingest.cli.import_", "import documents as a corpus"),
     "tokenize": ("actstore.ingest.cli.tokenize_", "cut a corpus into token rows"),
     "ingest": ("actstore.ingest.cli.ingest", "run a model over a corpus and store its activations"),
@@ -28,14 +31,25 @@ COMMANDS = {
         "actstore.ingest.cli.import_run",
         "import activations that SAELens, vLLM or another program harvested",
     ),
+    "sae": (
+        "actstore.ingest.cli.sae",
+        "train or import a sparse autoencoder, encode a run with one",
+    ),
     "runs": ("actstore.cli.runs", "list the runs of a store"),
     "info": ("actstore.cli.info", "show one run"),
     "sql": ("actstore.query.cli.sql_", "run one SELECT over the store's views"),
     "examples": (
         "actstore.query.cli.examples_",
-        "find the contexts that most activate a neuron or direction",
+        "find the contexts that most activate a neuron, a direction or a latent",
     ),
     "nearest": ("actstore.query.cli.nearest_", "find the stored contexts nearest to a row, text or vector"),
+    "latents": ("actstore.query.cli.latents", "search a dictionary's latents by statistics and top tokens"),
+    "active": ("actstore.query.cli.active", "list the latents that fire on a text, rows or a document"),
+    "match": ("actstore.query.cli.match", "find contexts in which latents fire together"),
+    "neighbours": (
+        "actstore.query.cli.neighbours",
+        "find the latents most like one, by decoder or by firing together",
+    ),
     "fsck": ("actstore.cli.fsck", "check every invariant of a store"),
 }
 """Command: the module with `add_arguments(parser)` and `run(args) -> int`, and its line in the overview."""

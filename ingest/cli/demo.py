@@ -10,7 +10,7 @@ from rich.console import Console
 from actstore._lazy import lazy_import
 from actstore.ingest.demo.tour import TourConfig, run_tour
 
-HELP = "train two tiny models, ingest both, ask everything"
+HELP = "train two tiny models and a sparse autoencoder, ingest, encode, ask everything"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--store",
         default="./demo.store",
         metavar="PATH",
-        help="folder of the store; models go to PATH.models",
+        help="folder of the store; models go to PATH.models, pictures to PATH.latents.png and .html",
     )
     parser.add_argument("--no-ray", action="store_true", help="ingest in this process")
 

@@ -27,7 +27,7 @@ FROM tokens t JOIN documents d USING (corpus, doc_id)
 GROUP BY ALL ORDER BY n_tokens DESC, d.name LIMIT 3""",
     "What is stored": """
 SELECT kind, id, count(*) AS n_units, sum(rows) AS n_rows, round(sum(nbytes) / 1e6, 1) AS megabytes
-FROM units GROUP BY ALL ORDER BY kind, id""",
+FROM units WHERE kind IN ('corpus', 'tokenization', 'run') GROUP BY ALL ORDER BY kind, id""",
 }
 
 ROW_SQL = """
@@ -93,7 +93,7 @@ def find_neurons(store: actstore.Store, run: actstore.Run) -> list[Story]:
 
 def ask_direction(console: Console, store: actstore.Store, run: actstore.Run) -> dict[str, Any]:
     """Show a direction that is no neuron: from prose to code, and the docstrings that are most like code."""
-    hook_point = _middle(run)
+    hook_point = middle_stream(run)
     found = separate_kinds(
         run.activations(hook_point).scan, read_facts(store, run), toward="source", away="topic"
     )
@@ -120,7 +120,7 @@ def ask_direction(console: Console, store: actstore.Store, run: actstore.Run) ->
 def ask_nearest(console: Console, store: actstore.Store, runs: Sequence[actstore.Run]) -> dict[str, Any]:
     """Show the nearest contexts of a stored token, in both models, and of a text."""
     run, other = runs[0], runs[-1]
-    hook_point = _middle(run)
+    hook_point = middle_stream(run)
     row = int(store.sql(ROW_SQL).to_dicts()[0]["row"])
     own = run.nearest(hook_point, row, k=_NEAREST, exclude_own_document=True, before=12, after=5)
     theirs = other.nearest(hook_point, row, k=_NEAREST, exclude_own_document=True)
@@ -153,7 +153,7 @@ def ask_nearest(console: Console, store: actstore.Store, runs: Sequence[actstore
     }
 
 
-def _middle(run: actstore.Run) -> str:
+def middle_stream(run: actstore.Run) -> str:
     """The middle residual stream of a run: neither about the token itself nor about the next one alone."""
     points = [name for name in run.hook_points if name.endswith(".resid_post")]
     return points[len(points) // 2]

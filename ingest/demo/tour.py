@@ -25,10 +25,12 @@ from actstore.errors import NotFoundError
 from actstore.ingest.config import IngestConfig
 from actstore.ingest.importing import import_corpus
 from actstore.ingest.job import run_ingest
+from actstore.ingest.training import SaeTrainConfig
 
 from . import show
-from .ask import ask_direction, ask_nearest, ask_neurons, ask_sql
+from .ask import ask_direction, ask_nearest, ask_neurons, ask_sql, middle_stream
 from .corpus import Bounds, Document, read_documents, stored_documents
+from .sae import show_latents
 from .train import (
     TrainConfig,
     TrainReport,
@@ -42,6 +44,9 @@ from .train import (
 
 CORPUS = "python-docs"
 HOOK_POINTS = ("layers.*.resid_post", "layers.*.mlp_act")
+
+SAE = SaeTrainConfig(name="sae", n_latents=1024, k=16, n_rows=1_000_000, batch_rows=1024, learning_rate=2e-3)
+"""Eight times as many latents as the stream is wide, eight times over the stored rows: about 15 s on one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +64,14 @@ class TourConfig:
     """Run name to training: the runs differ in their model's seed."""
     ray_address: str | None = "local"
     """None ingests in this process."""
+    sae: SaeTrainConfig = SAE
+    """The sparse autoencoder that is trained on the first run."""
 
 
 def run_tour(store_path: Path, config: TourConfig, console: Console) -> dict[str, Any]:
     """Show everything, and return what was shown as values for JSON.
 
-    Makes `store_path` and `<store_path>.models` where they are not.
+    Makes `store_path`, `<store_path>.models` and the pictures `<store_path>.latents.png` and `.html` where they are not.
     """
     started = time.monotonic()
     models_path = store_path.with_name(store_path.name + ".models").resolve()
@@ -92,7 +99,12 @@ def run_tour(store_path: Path, config: TourConfig, console: Console) -> dict[str
     show.heading(console, 6, "Nearest: the stored contexts most like a token, or like a text")
     summary["nearest"] = ask_nearest(console, store, runs)
 
-    show.heading(console, 7, "Where things are, and what to try next")
+    show.heading(console, 7, "Latents: a sparse autoencoder of the stream, and what fires in it")
+    asked = replace(config.sae, checkpoint_dir=str(models_path / "sae.checkpoint"))
+    beside = store_path.with_name(store_path.name + ".latents")
+    summary["sae"] = show_latents(console, store, runs[0].id, middle_stream(runs[0]), asked, beside=beside)
+
+    show.heading(console, 8, "Where things are, and what to try next")
     _say_goodbye(console, store_path, models_path, summary)
     return {**summary, "version": store.version, "seconds": round(time.monotonic() - started, 1)}
 
@@ -278,10 +290,15 @@ def _say_goodbye(console: Console, store_path: Path, models_path: Path, summary:
         if neurons
         else "neuron:layers.1.mlp_act:7"
     )
+    latents = summary["sae"]["latents"]
+    latent = f"latent:{summary['sae']['dictionary']}:{latents[0]['latent'] if latents else 0}"
     for command in (
         f"actstore runs {store_path}",
         f"actstore info {store_path} {run}",
         f"actstore examples {store_path} {run} {target} -k 10",
+        f"actstore examples {store_path} {run} {latent} -k 10",
+        f"actstore neighbours {store_path} {run} {latent} --by coactivation",
+        f"actstore latents {store_path} {run} {summary['sae']['dictionary']} --where 'density < 0.01' -k 10",
         f"actstore nearest {store_path} {run} layers.1.resid_post --text 'import os'",
         f'actstore sql {store_path} "SELECT kind, count(*) AS n FROM documents GROUP BY kind"',
         f"actstore fsck {store_path} --deep",

@@ -2,17 +2,28 @@
 
 import io
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import actstore
+from actstore.cli import main
 from actstore.ingest.demo import show
 from actstore.ingest.demo.corpus import Bounds
 from actstore.ingest.demo.facts import NO_TOKEN, read_facts
+from actstore.ingest.demo.latents import (
+    DENSITY,
+    LEAST_DOCUMENTS,
+    MOST_SINGLE_TOKEN,
+    N_LATENTS,
+    strongest_rows,
+)
 from actstore.ingest.demo.tour import TourConfig, run_tour
 from actstore.ingest.demo.train import BOUNDARY, TrainConfig
+from actstore.ingest.training import SaeTrainConfig
 
 SHAPE = {"steps": 8, "window": 64, "d_model": 16, "d_mlp": 24, "layers": 2, "heads": 2, "warmup_steps": 2}
 CONFIG = TourConfig(
@@ -21,6 +32,9 @@ CONFIG = TourConfig(
     vocab_size=320,
     models={"tiny-a": TrainConfig(seed=0, **SHAPE), "tiny-b": TrainConfig(seed=1, **SHAPE)},
     ray_address=None,
+    sae=SaeTrainConfig(
+        name="sae", n_latents=64, k=4, n_rows=60_000, batch_rows=512, learning_rate=3e-3, loss_rows=512
+    ),
 )
 
 
@@ -37,7 +51,7 @@ def toured(tmp_path_factory):
 
 def test_the_tour_shows_all_steps_and_its_summary_is_json(toured):
     path, summary, printed = toured
-    for number in range(1, 8):
+    for number in range(1, 9):
         assert f"\n{number}. " in printed
     assert json.loads(json.dumps(summary))["version"] == actstore.open(path).version
     assert set(summary["training"]) == {"tiny-a", "tiny-b"} == set(summary["ingest"]["runs"])
@@ -79,6 +93,61 @@ def test_what_the_tour_says_about_the_store_is_so(toured):
         )
 
 
+def test_latents_shown_are_those_that_meet_the_criterion(toured):
+    path, summary, printed = toured
+    store = actstore.open(path)
+    run = store.run("tiny-a")
+    facts, codes = read_facts(store, run), run.codes("sae")
+    dense_tf = np.zeros((run.n_rows, codes.n_latents), np.float32)
+    for rows, found in codes.scan():
+        dense_tf[facts.index(rows)] = found.to_dense()
+    assert summary["sae"]["criterion"] in printed
+    shown = summary["sae"]["latents"]
+    assert len({one["latent"] for one in shown}) == len(shown) <= N_LATENTS
+    for one in shown:
+        values = dense_tf[:, one["latent"]]
+        fires = values > 0
+        assert one["density"] == pytest.approx(fires.mean())
+        assert DENSITY[0] <= fires.mean() <= DENSITY[1]
+        assert len(np.unique(facts.doc_ids[fires])) >= LEAST_DOCUMENTS
+        by_token = np.bincount(facts.token_ids, weights=values)
+        assert by_token.max() / by_token.sum() <= MOST_SINGLE_TOKEN + 1e-6
+        assert one["examples"][0]["value"] == pytest.approx(values[facts.is_shown].max(), rel=1e-6)
+        assert f"latent {one['latent']}: {one['says']}" in printed
+
+    wanted = np.flatnonzero((dense_tf > 0).any(axis=0))[:20]
+    rows_kd = strongest_rows(codes, wanted.tolist(), facts, k=7)
+    for column, latent in enumerate(wanted):
+        values = np.where(facts.is_shown, dense_tf[:, latent], 0)
+        best = np.sort(values)[::-1][:7]
+        found = rows_kd[:, column]
+        there = values[facts.index(found[found >= 0])]
+        assert there.tolist() == best[: len(there)].tolist()
+        assert len(there) == 7 or (dense_tf[:, latent] > 0).sum() < 7 * 2
+
+
+def test_the_commands_to_try_next_work(toured, capsys):
+    lines = [line.strip() for line in toured[2].splitlines() if line.startswith("  actstore ")]
+    assert len(lines) >= 8
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_pictures_lie_beside_the_store(toured):
+    path, summary, printed = toured
+    files = summary["sae"]["files"]
+    assert bool(files) == bool(summary["sae"]["latents"])
+    if files:
+        assert files["picture"] == f"{path}.latents.png"
+        assert Path(files["picture"]).read_bytes().startswith(b"\x89PNG")
+        page = Path(files["page"]).read_text()
+        assert page.count("<h2>") == len(summary["sae"]["latents"])
+        assert "<script" not in page
+        assert files["page"] in printed
+    assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
+
+
 def test_facts_are_those_of_the_stored_tables(toured):
     store = actstore.open(toured[0])
     run = store.run("tiny-a")
@@ -110,7 +179,7 @@ def test_the_tour_again_trains_and_stores_nothing(toured):
     assert {file: file.stat().st_mtime_ns for file in path.parent.rglob("*") if file.is_file()} == files
     assert "trained before" in printed
     assert "complete already" in printed
-    for key in ("version", "sql", "neurons", "direction", "nearest", "training"):
+    for key in ("version", "sql", "neurons", "direction", "nearest", "training", "sae"):
         assert summary[key] == before[key]
 
 
