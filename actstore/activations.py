@@ -54,7 +54,7 @@ class Activations:
 
         Raises:
             NotFoundError: the run has no such hook point.
-            InvalidInputError: the run keeps pooled vectors only.
+            InvalidInputError: the run keeps no dense rows.
             FormatError: the manifest's entry of the run is damaged.
         """
         self._storage = storage

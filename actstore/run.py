@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actstore._lazy import lazy_import
+from actstore.codec.layout import check_keeps_rows, describe_kept
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.hook_points import canonical_hook_point
 from actstore.log.values import Collection
@@ -75,7 +76,7 @@ class Run:
 
     @property
     def keep(self) -> tuple[str, ...]:
-        """What the run stores of its activations: `dense` rows, `pooled` document vectors, or both."""
+        """What the run stores of its activations: `dense` rows, `pooled` document vectors, `codes`; one or several."""
         return tuple(self.collection.config.get("keep", ("dense",)))
 
     @property
@@ -115,12 +116,12 @@ class Run:
 
         Raises:
             NotFoundError: the run has no such hook point; the message lists those it has.
-            InvalidInputError: the run keeps pooled vectors only.
+            InvalidInputError: the run keeps no dense rows.
         """
         from actstore.activations import Activations
 
         name = self._hook_point_entry(hook_point)["name"]
-        self._check_dense(name)
+        check_keeps_rows(self.collection)
         return Activations(self.store.storage, self.collection, name)
 
     def pooled(self, hook_point: str, pooling: str = "mean") -> "Pooled":
@@ -138,7 +139,7 @@ class Run:
 
         entry = self._hook_point_entry(hook_point)
         if pooling not in self.poolings:
-            found = f"keeps {', '.join(self.poolings)}" if self.poolings else "keeps dense rows only"
+            found = f"keeps {', '.join(self.poolings) or describe_kept(self.collection)}"
             raise InvalidInputError(
                 ErrorKind.BAD_ARGUMENT,
                 f"pooled vectors {pooling!r} of {entry['name']!r} were asked for, and run {self.id!r} {found}: "
@@ -158,10 +159,10 @@ class Run:
 
         Raises:
             NotFoundError: the run has no such hook point.
-            InvalidInputError: the run keeps pooled vectors only.
+            InvalidInputError: the run keeps no dense rows.
         """
         name = self._hook_point_entry(hook_point)["name"]
-        self._check_dense(name)
+        check_keeps_rows(self.collection)
         return f"runs/{self.id}/{hook_point_folder(name)}"
 
     def stats(self, hook_point: str) -> HookPointStats:
@@ -265,14 +266,6 @@ class Run:
             add_special_tokens=bool(tokenization.config["add_special_tokens"]),
         )
         return answer
-
-    def _check_dense(self, hook_point: str) -> None:
-        if "dense" not in self.keep:
-            raise InvalidInputError(
-                ErrorKind.BAD_ARGUMENT,
-                f"token rows of {hook_point!r} were asked for, and run {self.id!r} keeps pooled vectors only "
-                f"({', '.join(self.poolings)}): use run.pooled(hook_point), or ingest with keep=['dense']",
-            )
 
     def _hook_point_entry(self, hook_point: str) -> Mapping[str, Any]:
         name = canonical_hook_point(hook_point)

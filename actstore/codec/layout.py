@@ -247,18 +247,25 @@ def parse_layout(collection: Collection, hook_point: str) -> RowLayout:
     return RowLayout(hook_point, spec, rows_per_unit, per_unit, stored, kept, int8)
 
 
+def describe_kept(collection: Collection) -> str:
+    """Return what a run stores of its activations, in words."""
+    keep = collection.config.get("keep", ["dense"])
+    words = {"dense": "dense rows", "pooled": "pooled vectors"}
+    return " and ".join(words.get(what, str(what)) for what in keep) + " only" if keep else "nothing"
+
+
 def check_keeps_rows(collection: Collection) -> None:
     """Raise unless a run stores its rows.
 
     Raises:
-        InvalidInputError: it keeps pooled vectors only.
+        InvalidInputError: it keeps pooled vectors or codes only.
     """
     keep = collection.config.get("keep", ["dense"])
     if isinstance(keep, Sequence) and "dense" not in keep:
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
-            f"the activations of single rows were asked for, and run {collection.id!r} keeps pooled vectors only: "
-            "use those, or ingest with keep='dense'",
+            f"the activations of single rows were asked for, and run {collection.id!r} keeps {describe_kept(collection)}: "
+            "use run.pooled(hook_point) or run.codes(dictionary), or ingest with keep=['dense']",
         )
 
 

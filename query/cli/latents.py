@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out latents that fire on more than 10%% of the rows",
     )
+    parser.add_argument("--plot", metavar="FILE", help="draw their histograms to FILE (.png, .svg, .pdf)")
+    parser.add_argument("--html", metavar="FILE", help="write a page with their contexts to FILE")
     add_latent_arguments(parser, where="--where")
 
 
@@ -47,4 +49,12 @@ def run(args: argparse.Namespace) -> int:
         **latent_options(args),
     )
     print_result(result, as_json=args.json)
+    if result.meta.n_returned and (args.plot or args.html):
+        from actstore.query import latent_page
+
+        numbers = result.to_arrow()["latent"].to_pylist()
+        if args.plot:
+            latent_page.save_latents_picture(args.plot, found, args.dictionary, numbers)
+        if args.html:
+            latent_page.save_latent_page(args.html, found, args.dictionary, numbers)
     return 0

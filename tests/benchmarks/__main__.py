@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 
 from tests.benchmarks import (
     bench_capture,
+    bench_codes,
     bench_committer,
+    bench_encode,
     bench_ingest,
+    bench_latents,
     bench_open,
+    bench_postings,
     bench_stats,
     bench_storage,
     bench_workers,
@@ -68,6 +72,30 @@ def jobs() -> Iterator[Row]:
         yield name, f"{value:.3g} {unit}", note
 
 
+def codes() -> Iterator[Row]:
+    """Bytes and speed of codes and postings beside a DuckDB table of the same numbers."""
+    for name, value, unit, note in bench_codes.run():
+        yield name, f"{value:.3g} {unit}", note
+
+
+def postings() -> Iterator[Row]:
+    """Building postings and the statistics of all latents."""
+    for name, value, unit, note in bench_postings.run():
+        yield name, f"{value:.3g} {unit}", note
+
+
+def encode() -> Iterator[Row]:
+    """Encoding rows in a dictionary against the bare matrix product."""
+    for name, ratio, *_, note in bench_encode.run():
+        yield name, f"{ratio:.2f}x", note
+
+
+def latents() -> Iterator[Row]:
+    """Contexts of latents: times, and requests to an object store."""
+    for name, value, unit, note in bench_latents.run():
+        yield name, f"{value:.3g} {unit}", note
+
+
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "storage": storage,
     "open": opening,
@@ -76,6 +104,10 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "ingest": ingest,
     "workers": workers,
     "jobs": jobs,
+    "codes": codes,
+    "postings": postings,
+    "latents": latents,
+    "encode": encode,
 }
 
 

@@ -353,8 +353,8 @@ def test_more_rows_than_a_full_unit_keeps(memory):
 def test_a_run_of_pooled_vectors_has_no_rows(memory):
     storage = memory()
     run = make(storage)
-    for keep in (["pooled"], []):
-        with pytest.raises(InvalidInputError, match="pooled vectors only") as error:
+    for keep, found in ((["pooled"], "pooled vectors only"), (["codes"], "codes only"), ([], "nothing")):
+        with pytest.raises(InvalidInputError, match=f"keeps {found}") as error:
             Activations(storage, replace(run, config={**run.config, "keep": keep}), HOOK)
         assert error.value.kind is ErrorKind.BAD_ARGUMENT
     assert len(Activations(storage, replace(run, config={**run.config, "keep": ["dense", "pooled"]}), HOOK))
