@@ -91,8 +91,13 @@ class Shuffled:
         worker_index: int,
         num_workers: int,
         dtype: np.dtype[Any],
+        chunk_rows: int | None = None,
+        rows_per_group: int | None = None,
     ) -> None:
         """See `actstore.activations.Activations.shuffled`, which makes these.
+
+        With the same seed, `chunk_rows` and `rows_per_group`, several hook points of one run come in one order, whatever their
+        widths: `chunk_rows` is drawn at a time instead of a stored chunk, `rows_per_group` instead of what fills `buffer_bytes`.
 
         Raises:
             InvalidInputError: an argument out of range.
@@ -111,7 +116,12 @@ class Shuffled:
         self._batch_rows = batch_rows
         self._seed = seed
         self._rows_per_group = max(1, buffer_bytes // reader.layout.spec.row_bytes)
-        self._chunks = _all_chunks(reader)
+        if rows_per_group is not None:
+            self._rows_per_group = check_whole(rows_per_group, what="rows_per_group", least=1)
+        self._chunk_rows = chunk_rows
+        if chunk_rows is not None:
+            check_whole(chunk_rows, what="chunk_rows", least=1)
+        self._chunks = _all_chunks(reader, chunk_rows or reader.layout.spec.rows_per_chunk)
         self._version = version
         self._epoch = 0
         self._next_batch = 0
@@ -191,6 +201,7 @@ class Shuffled:
             "batch_rows": self._batch_rows,
             "rows_per_group": self._rows_per_group,
             "drop_last": self._drop_last,
+            **({} if self._chunk_rows is None else {"chunk_rows": self._chunk_rows}),
         }
 
 
@@ -273,11 +284,11 @@ class _Reading:
     futures: list[Future[None]]
 
 
-def _all_chunks(reader: RowReader) -> Int64s:
+def _all_chunks(reader: RowReader, chunk_rows: int) -> Int64s:
     """Return `[n_chunks, 4]`: unit, first row and end in its stored rows, and number of rows of every chunk, in order."""
     layout, parts = reader.layout, []
     for unit in layout.units:
-        starts = np.arange(0, unit.n_rows, layout.spec.rows_per_chunk, dtype=np.int64)
-        stops = np.minimum(starts + layout.spec.rows_per_chunk, unit.n_rows)
+        starts = np.arange(0, unit.n_rows, chunk_rows, dtype=np.int64)
+        stops = np.minimum(starts + chunk_rows, unit.n_rows)
         parts.append(np.stack([np.full_like(starts, unit.unit), starts, stops, stops - starts], axis=1))
     return np.concatenate(parts) if parts else np.empty((0, 4), np.int64)

@@ -17,6 +17,7 @@ from tests.benchmarks import (
     bench_postings,
     bench_stats,
     bench_storage,
+    bench_train,
     bench_workers,
 )
 
@@ -90,6 +91,12 @@ def encode() -> Iterator[Row]:
         yield name, f"{ratio:.2f}x", note
 
 
+def train() -> Iterator[Row]:
+    """Training on stored rows against the same loop on rows in memory."""
+    for name, ratio, *_, note in bench_train.run():
+        yield name, f"{ratio:.2f}x", note
+
+
 def latents() -> Iterator[Row]:
     """Contexts of latents: times, and requests to an object store."""
     for name, value, unit, note in bench_latents.run():
@@ -108,6 +115,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "postings": postings,
     "latents": latents,
     "encode": encode,
+    "train": train,
 }
 
 
