@@ -27,10 +27,10 @@ MAX_CONJUNCTIONS = 64
 class Pattern:
     """A condition on which latents fire near each other; joined by `&`, `|`, `~`."""
 
-    def __and__(self, other: "Pattern") -> "Pattern":
+    def __and__(self, other: "Pattern | Latent") -> "Pattern":
         return AllOf((self, _check(other)))
 
-    def __or__(self, other: "Pattern") -> "Pattern":
+    def __or__(self, other: "Pattern | Latent") -> "Pattern":
         return AnyOf((self, _check(other)))
 
     def __invert__(self) -> "Pattern":
