@@ -103,7 +103,7 @@ def test_every_unit_is_committed_once_whatever_the_order_and_the_faults(data, n,
     backlog = data.draw(st.integers(1, 8))
     pool = ScriptedPool(capacity, lambda size: data.draw(st.integers(0, size - 1)), failures)
     batches, run = schedule(
-        pool, range(n), backlog_units=backlog, retry_s=60.0, clock=iter(range(10**9)).__next__
+        pool, range(n), backlog_units=backlog, retry_s=1e9, clock=iter(range(10**9)).__next__
     )
     counters = run().counters
     assert sorted(flat(batches)) == list(range(n))
