@@ -115,6 +115,8 @@ class PooledCodes:
             for i in by_unit[u]:
                 at = int(np.searchsorted(unit.batch.doc_ids, distinct[i]))
                 if at == len(unit.batch) or unit.batch.doc_ids[at] != distinct[i]:
+                    if 0 < at < len(unit.batch):  # between two that have tokens: it has none
+                        raise self._not_there(int(distinct[i]), [])
                     raise self._lacks(u, int(distinct[i]))
                 found[i].append(unit.batch.take([at]))
         parts = [self._merged(p, int(d), s) for p, d, s in zip(found, distinct, spans, strict=True)]

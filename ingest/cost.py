@@ -14,6 +14,7 @@ from typing import Any
 from actstore.codec.metadata import zarr_json
 from actstore.codec.spec import ShardSpec
 from actstore.covariance import covariance_bytes
+from actstore.dictionary_data import DictionarySpec
 from actstore.errors import ErrorKind, StorageError
 from actstore.names import hook_point_folder
 from actstore.sampling import kept_offsets
@@ -31,6 +32,15 @@ _STATS_BYTES = 16 << 10
 
 _COMPRESSED = 0.5
 """Size of compressed rows, if no probe measured it: smaller than any model's, so that nothing is refused that would fit."""
+
+_CODE_BYTES = 7
+"""Of a code in its unit and in the postings, and its share of the pooled codes; seen are 5 to 9, most with short documents."""
+
+_CODES_UNIT_BYTES = 4 << 10
+"""Of a unit's codes and pooled codes, if there are none."""
+
+_LATENT_BYTES = 200
+"""Of a latent's statistics."""
 
 _MANIFEST_BYTES = 400
 """Of a manifest, per object that it lists."""
@@ -83,7 +93,7 @@ class Cost:
     dense: Mapping[str, Amount]
     """Shards by hook point."""
     other: Mapping[str, Amount]
-    """`sums`, `stats`, `pooled`, `covariance`, `metadata`, `manifests`; those that there are."""
+    """`sums`, `stats`, `pooled`, `covariance`, `codes`, `metadata`, `manifests`; those that there are."""
 
     @property
     def total(self) -> Amount:
@@ -107,6 +117,24 @@ def unit_sizes(tokenization: Tokenization) -> Iterable[UnitSize]:
         through = before and after and meta["first_doc"] == meta["last_doc"]
         pieces = 1 if through else before + after
         yield UnitSize(unit.unit, unit.rows, present - pieces, pieces, int(before and not through))
+
+
+def predict_codes(specs: Iterable[DictionarySpec], *, n_rows: int, n_units: int) -> Amount:
+    """Return about what codes in some dictionaries, their postings and the latents' statistics take.
+
+    Of dictionaries whose rows have no set number of codes only what is there in any case is counted.
+
+    Args:
+        specs: Of the dictionaries.
+        n_rows: Rows that are encoded.
+        n_units: Units that these lie in.
+    """
+    total = Amount()
+    for spec in specs:
+        codes = round(n_rows * (spec.k or 0) * _CODE_BYTES)
+        # Two objects of each unit, two of the postings.
+        total += Amount(2 * n_units + 2, codes + n_units * _CODES_UNIT_BYTES + spec.n_latents * _LATENT_BYTES)
+    return total
 
 
 def predict_cost(

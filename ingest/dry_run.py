@@ -6,7 +6,7 @@ tokenization, or counted or estimated (`planned_tokens.py`). Nothing is written 
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,12 +25,14 @@ from .cost import (
     UnitSize,
     check_room,
     free_bytes,
+    predict_codes,
     predict_cost,
     stored_rows,
     unit_sizes,
 )
 from .planned_tokens import PlannedTokens, plan_tokens
 from .probe import Probe
+from .run_codes import check_dictionaries
 from .run_plan import check_same_config, make_plan, run_config, tokenize_settings
 from .unit import RunPlan
 
@@ -165,6 +167,7 @@ def dry_run(
     backend = backend or open_backend(config, store)
     try:
         model = backend.describe()
+        check_dictionaries(store, config, model)
         say(f"counting tokens of {config.corpus}")
         planned = plan_tokens(
             store,
@@ -242,6 +245,10 @@ def _describe(
     cost = predict_cost(plan, sizes, n_units=planned.n_units, commits=commits, measured=measured)
     if len(sizes) < n_pending:
         cost = cost.times(n_pending / max(1, len(sizes)))
+    if config.dictionary:
+        specs = [store.dictionary(name).spec for name in config.dictionary]
+        codes = predict_codes(specs, n_rows=round(pending_rows * plan.sample), n_units=n_pending)
+        cost = replace(cost, other={**cost.other, "codes": codes})
     if is_complete:
         cost = Cost({}, {})
     tokens = Amount()
@@ -316,6 +323,11 @@ def _notes(config: IngestConfig, planned: PlannedTokens, probe: Probe | None) ->
     notes = []
     if planned.source == "estimated":
         notes.append("tokens are estimated from stretches of the corpus; tokenize it for exact numbers")
+    if config.dictionary:
+        notes.append(
+            "size of codes and postings is that of the k codes of a row where the dictionary sets k, and without them "
+            "elsewhere; time and memory of encoding are not in it"
+        )
     if config.codec != "hot":
         notes.append(f"size of {config.codec} shards is what the probe's rows compressed to")
     if probe is not None:

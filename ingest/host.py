@@ -83,6 +83,7 @@ class ModelHost:
         self._n_streams = streams
         self._streams: queue.SimpleQueue[Capturer] = queue.SimpleQueue()
         self._stream_threads: int | None = None
+        self._all_threads = 0
         self._lock = threading.Lock()
         self._capturer: Capturer | None = None
         self._description: ModelDescription | None = None
@@ -128,7 +129,7 @@ class ModelHost:
         if self._stream_threads is not None:
             import torch
 
-            torch.set_num_threads(self._stream_threads * self._n_streams)
+            torch.set_num_threads(self._all_threads)
         if self._capturer is not None and self._capturer.loaded.device.type == "cpu":
             release_freed_memory()
 
@@ -223,7 +224,7 @@ class ModelHost:
             self._n_streams = 1
         if self._n_streams == 1:
             return
-        self._stream_threads = n_threads // self._n_streams
+        self._all_threads, self._stream_threads = n_threads, n_threads // self._n_streams
         for _ in range(self._n_streams - 1):
             shared = {id(t): t for t in itertools.chain(loaded.model.parameters(), loaded.model.buffers())}
             twin = replace(loaded, model=copy.deepcopy(loaded.model, shared))

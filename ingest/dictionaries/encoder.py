@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from actstore._lazy import missing
 from actstore.dictionary import Dictionary, row_norms
-from actstore.dictionary_data import DictionaryData, DictionarySpec
+from actstore.dictionary_data import MAX_FLOAT, DictionaryData, DictionarySpec
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.sparse.rows import SparseRows, indptr_of, round_values, value_dtype_of
 
@@ -79,6 +79,8 @@ class Encoder:
         self._source = dictionary.weights if isinstance(dictionary, DictionaryData) else dictionary.weights()
         self._decoder = None
         self._weights = self._encoder_weights()
+        low, high = self._weights["W_enc"].aminmax()
+        self._most_weight = max(-float(low), float(high)) * self.spec.d_in
         per_batch = _BATCH_VALUES.get(self.device.type, _BATCH_VALUES_ELSEWHERE)
         self.batch_rows = max(_LEAST_ROWS, per_batch // max(self.spec.n_latents, self.spec.d_in))
         """Rows that are encoded at a time."""
@@ -211,6 +213,14 @@ class Encoder:
         if bool(broken.any()):
             y = y.masked_fill(broken[:, None], 0)
         pre = self._product(y, None if spec.activation == "gated" else weights["b_enc"])
+        # Infinities of both signs add up to NaN, which would be chosen as no code; only enormous rows can do that.
+        low, high = y.aminmax()
+        if max(-float(low), float(high)) * self._most_weight >= MAX_FLOAT and bool(pre.isnan().any()):
+            raise InvalidInputError(
+                ErrorKind.NON_FINITE,
+                f"rows with values from {float(low):g} to {float(high):g} have codes that float32 cannot compute: check the "
+                "activations and the dictionary",
+            )
         if bool(broken.any()):
             pre[broken] = -torch.inf
         if spec.activation == "topk":

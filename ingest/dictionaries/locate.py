@@ -155,7 +155,7 @@ def _on_hub(
     try:
         found = _first_layout(layouts, fetch, depth=len(folders))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        found, failures = None, [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
+        found, failures = None, [f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"]
     if found is None:
         expected = ", or ".join(" and ".join(files) for _, files in layouts)
         raise NotFoundError(

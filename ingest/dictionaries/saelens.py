@@ -6,6 +6,7 @@ their weights), and SAELens computes without it unless it is told. Configuration
 some settings, and defaults of their own.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,7 +99,7 @@ def _modern(config: Mapping[str, Any]) -> dict[str, Any]:
     version = config.get("sae_lens_version") or (
         metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
     )
-    if isinstance(version, str) and version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6:
+    if isinstance(version, str) and re.fullmatch(r"[6-9]|[1-9][0-9]+", version.split(".")[0]):
         return dict(config)
     renamed = {
         "hook_point": "hook_name",

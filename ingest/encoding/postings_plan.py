@@ -110,5 +110,6 @@ def _too_large(latent: int, count: int, memory_bytes: int, value_bytes: int) -> 
     return InvalidInputError(
         ErrorKind.TOO_LARGE,
         f"latent {latent} fires on {count:,} rows, and its postings alone take {needed:,} bytes of memory to build, more "
-        f"than the {memory_bytes:,} that a task may take: give memory_bytes={needed} or more",
+        f"than the {memory_bytes:,} that a task may take: give memory_bytes={needed} or more (actstore sae encode "
+        f"--postings-memory-mb {-(-needed >> 20)}, also to finish the codes of an ingest)",
     )

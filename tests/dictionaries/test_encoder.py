@@ -153,3 +153,15 @@ def test_arguments() -> None:
         Encoder(data, dtype="float64")
     with pytest.raises(InvalidInputError, match="int8"):
         Encoder(data, value_dtype="int8")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sums_beyond_float32_are_refused_and_not_left_out(activation: str) -> None:
+    data = random_dictionary(4, activation=activation)
+    rows = np.random.default_rng(5).normal(size=(9, 16)).astype(np.float32)
+    rows[4] = 3e38 * np.sign(rows[4])  # its products are infinite, of both signs: their sums are no numbers
+    with pytest.raises(InvalidInputError) as error:
+        Encoder(data, value_dtype="float32").encode(rows)
+    assert error.value.kind is ErrorKind.NON_FINITE
+    rows[4] = np.nan
+    assert Encoder(data, value_dtype="float32").encode(rows).counts[4] == 0

@@ -121,6 +121,7 @@ def test_numbers_that_are_none(copied: tuple[Path, Path, Path], value: object) -
         ({"metadata": {"sae_lens_version": "6.0", "hook_name": "embed", "hook_head_index": 3}}, "head 3"),
         ({"metadata": []}, "an object"),
         ({"metadata": None, "activation_fn": "tanh-relu"}, "tanh-relu"),
+        ({"sae_lens_version": "\u00b2.1", "metadata": None, "activation_fn": "tanh-relu"}, "tanh-relu"),
         ({"d_in": 13}, "do not belong together"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 import actstore
 from actstore.errors import FormatError, InvalidInputError, NotFoundError
+from actstore.ingest import import_corpus, tokenize_corpus
 from actstore.ingest.encoding import pooled_codes
 from actstore.ingest.encoding.encode import encode
 from actstore.pooled_codes_table import PooledBatch, add_pieces, keep_top, pooled_from_table, pooled_to_bytes
@@ -20,7 +21,7 @@ from tests.encoding.encoded import (
     naive_pooled,
     pooled_documents,
 )
-from tests.ingest import kept
+from tests.ingest import kept, synthetic
 
 
 @pytest.fixture
@@ -104,6 +105,21 @@ def test_documents_of_missing_units_are_not_there(store, tmp_path):
     with pytest.raises(InvalidInputError):
         pooled.documents([0.5])
     assert len(pooled.documents([])) == 0
+
+
+def test_documents_without_tokens_between_others_are_not_there(store, tmp_path):
+    texts = ["w1 w2" if i % 2 else "" for i in range(40)]
+    import_corpus(store, "words", [{"text": text} for text in texts])
+    tokenizer = synthetic.word_tokenizer(tmp_path / "tokenizer", texts)
+    report = tokenize_corpus(store.refresh(), "words", tokenizer, window=16, rows_per_unit=16)
+    make_run(store, store.refresh().tokenization(report.id))
+    add_dictionary(store)
+    encode(store, "sae", "r", postings=False)
+    pooled = store.run("r").codes("sae").pooled()
+    assert pooled.documents(range(1, 40, 2)).doc_ids.tolist() == list(range(1, 40, 2))
+    for doc_id in range(0, 40, 2):
+        with pytest.raises(NotFoundError, match="no token"):
+            pooled.documents([doc_id])
 
 
 def test_blocks_of_any_size_give_the_same(monkeypatch):

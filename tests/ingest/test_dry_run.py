@@ -10,11 +10,14 @@ import pytest
 
 import actstore
 from actstore.cli import main
-from actstore.errors import ConflictError, ErrorKind, StorageError
+from actstore.dictionary import make_dictionary
+from actstore.errors import ConflictError, ErrorKind, NotFoundError, StorageError
 from actstore.ingest import IngestConfig, import_corpus, tokenize_corpus
 from actstore.ingest import run as run_ingest
 from actstore.ingest.cost import Amount, check_room, check_run_room, free_bytes
+from actstore.ingest.dictionaries.save import save_dictionary
 from actstore.ingest.dry_run import check_fits, dry_run
+from actstore.ingest.host import ModelHost
 from actstore.ingest.planned_tokens import _estimated, plan_tokens, ratio_estimate
 from actstore.ingest.probe import Probe
 from actstore.ingest.run_plan import make_plan
@@ -118,6 +121,39 @@ def test_what_is_predicted_is_what_is_stored(made, name):
     # All but manifests, which depend on the time that it takes.
     predicted = cost.total.nbytes - cost.other["manifests"].nbytes
     assert 0.8 * report.nbytes < predicted < 1.25 * report.nbytes
+
+
+def test_codes_are_asked_for_and_counted(made):
+    store = actstore.open(made[0])
+    hook_point = "layers.1.mlp_act"
+    width = store_width(made, hook_point)
+    rng = np.random.default_rng(0)
+    data = make_dictionary(
+        {"W_enc": rng.normal(size=(width, 2000)), "W_dec": rng.normal(size=(2000, width))},
+        activation="topk",
+        k=16,
+        hook_point=hook_point,
+    )
+    save_dictionary(store, "counted", data)
+    settings = {"keep": ("codes",), "hook_points": [hook_point], "rows_per_unit": 512}
+    with pytest.raises(NotFoundError, match="none-such"):
+        dry_run(store, config(made, "coded", dictionary=("none-such",), **settings), probe_s=0)
+    asked = config(made, "coded", dictionary=("counted",), **settings)
+    found = dry_run(store, asked, probe_s=PROBE_S)
+    assert any("codes" in note for note in found.notes)
+    assert run_ingest(store, asked).is_complete
+    state = store.refresh().state
+    codes, postings = (state.collection(kind, "counted@coded") for kind in ("codes", "postings"))
+    objects = sum(len(unit.objects) for c in (codes, postings) for unit in c.units.values())
+    assert found.cost.other["codes"].objects == objects
+    nbytes = codes.nbytes + postings.nbytes
+    assert 0.5 * nbytes < found.cost.other["codes"].nbytes < 2 * nbytes
+
+
+def store_width(made, hook_point):
+    """Return how wide a hook point of the model is."""
+    host = ModelHost(config(made, "width", hook_points=[hook_point]), threads=None)
+    return dict(host.describe().hook_points)[hook_point]
 
 
 def test_an_interrupted_run_costs_what_is_missing(made):

@@ -61,6 +61,9 @@ def test_two_streams_store_what_one_stores(
         two = ingest(tmp_path, "two", family)
         assert most == 2
         assert torch.get_num_threads() == 2
+        torch.set_num_threads(3)  # no multiple of the streams
+        ingest(tmp_path, "three", family)
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
     for hook_point, rows in one.items():
