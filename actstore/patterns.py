@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 from actstore.errors import ErrorKind, InvalidInputError
@@ -56,16 +56,16 @@ class Fires(Pattern):
     """The value must be smaller than this."""
 
     def __gt__(self, bound: float) -> "Fires":
-        return replace(self, above=_check_bound(bound))
+        return fires(self.latent, bound, self.below)
 
     def __lt__(self, bound: float) -> "Fires":
-        return replace(self, below=_check_bound(bound))
+        return fires(self.latent, self.above, bound)
 
     @property
     def label(self) -> str:
         """The condition as answers name it."""
-        low = f" > {self.above:g}" if self.above > 0 else ""
-        high = f" < {self.below:g}" if self.below < math.inf else ""
+        low = f" > {_number(self.above)}" if self.above > 0 else ""
+        high = f" < {_number(self.below)}" if self.below < math.inf else ""
         return f"{self.latent.label}{low}{high}"
 
 
@@ -88,6 +88,9 @@ class Absent(Pattern):
     """The part does not hold."""
 
     part: Pattern
+
+    def __invert__(self) -> Pattern:
+        return self.part
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +181,16 @@ def conjunctions(pattern: Pattern | Latent) -> list[Conjunction]:
 
 def leaves(pattern: Pattern) -> Iterator[Fires]:
     """Yield every condition of a pattern, in its order."""
-    if isinstance(pattern, Fires):
-        yield pattern
-    elif isinstance(pattern, (AllOf, AnyOf)):
-        for part in pattern.parts:
-            yield from leaves(part)
-    elif isinstance(pattern, Absent):
-        yield from leaves(pattern.part)
+    # A loop, not recursion: thousands of latents joined by `|` are as many levels, and are to be refused by their number.
+    stack = [pattern]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Fires):
+            yield item
+        elif isinstance(item, (AllOf, AnyOf)):
+            stack.extend(reversed(item.parts))
+        elif isinstance(item, Absent):
+            stack.append(item.part)
 
 
 def describe(pattern: Pattern | Latent) -> str:
@@ -257,6 +263,11 @@ def _check_bound(bound: float) -> float:
             ErrorKind.BAD_ARGUMENT, f"a bound on a latent's value is a number of 0 or more, got {bound!r:.80}"
         )
     return value
+
+
+def _number(bound: float) -> str:
+    """Return a bound as text that is read back as the same number."""
+    return repr(bound).removesuffix(".0")
 
 
 _TOKEN = re.compile(

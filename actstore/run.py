@@ -189,7 +189,7 @@ class Run:
         return run_covariance(self, self._hook_point_entry(hook_point)["name"])
 
     def examples(self, target: Any, k: int = 20, **options: Any) -> "Result":
-        """Return the contexts that most activate a neuron or direction; see `actstore.query.examples.examples`."""
+        """Return the contexts that most activate a neuron, direction or latent; see `actstore.query.examples.examples`."""
         module = lazy_import("actstore.query.examples", needed_for="examples()", extra="query")
         answer: Result = module.examples(self, target, k, **options)
         return answer
@@ -228,10 +228,10 @@ class Run:
         answer: Result = module.neighbours(self, latent, k, **options)
         return answer
 
-    def latents(self, dictionary: str, **options: Any) -> "Result":
+    def latents(self, dictionary: str, k: int | None = 20, **options: Any) -> "Result":
         """Return a dictionary's latents with their statistics on this run; see `actstore.query.latents.latents`."""
         module = lazy_import("actstore.query.latents", needed_for="latents()", extra="query")
-        answer: Result = module.latents(self, dictionary, **options)
+        answer: Result = module.latents(self, dictionary, k, **options)
         return answer
 
     def encode_text(self, texts: Sequence[str], hook_point: str) -> list[Any]:

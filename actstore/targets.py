@@ -4,7 +4,7 @@ import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,13 @@ class Latent:
     def __lt__(self, bound: float) -> "Fires":
         """Return the pattern that it fires below `bound`."""
         return self._fires() < bound
+
+    def __bool__(self) -> NoReturn:
+        # `a and b` would be b alone.
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            "a latent is neither true nor false: join latents with & | ~ instead of and, or, not",
+        )
 
     def _fires(self) -> "Fires":
         from actstore.patterns import Fires

@@ -12,12 +12,13 @@ from actstore._lazy import lazy_import
 from actstore.checks import is_whole
 from actstore.codes import Codes
 from actstore.dictionary import Dictionary
-from actstore.errors import ErrorKind, InvalidInputError
+from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
 from actstore.run import Run
 from actstore.sparse import SparseRows
 from actstore.targets import Document
 
 from .eligible import Masks, Removed, check_selection
+from .firings import is_encoded
 from .row_mask import RowMask, sink_rule
 from .unit_tables import read_words
 
@@ -149,7 +150,16 @@ def _of_rows(run: Run, what: Any, codes: Codes) -> CodedTokens:
             ErrorKind.TOO_LARGE if len(rows) else ErrorKind.BAD_ARGUMENT,
             f"active() takes 1 to {MAX_ROWS} rows, got {len(rows)}: statistics of all rows are run.latents()",
         )
-    codes.rows(rows[:1])  # a row that is not there is told before anything large is read
+    stored = is_encoded(codes, rows)
+    if isinstance(what, slice):  # row numbers have gaps, and a range may go over them
+        rows = rows[stored]
+    elif not stored.all():
+        codes.rows(rows[~stored][:1])  # tells which rows there are
+    if not len(rows):
+        raise NotFoundError(
+            ErrorKind.ROW_NOT_FOUND,
+            f"rows {what!r:.80} were asked for, and codes {codes.id!r} have none of them",
+        )
     removed = Removed(n_seen=len(rows), n_kept=len(rows))
     no_masks = Masks(None, None, None, special=False, sinks=False)
     with RowMask(run, no_masks, sinks=None, norms=codes.norms, memory_bytes=64 << 20) as mask:

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore.checks import is_whole
 from actstore.errors import ErrorKind, FormatError, InvalidInputError, NotFoundError
 from actstore.run import Run
 from actstore.sampling import parse_kept
@@ -200,6 +201,11 @@ def check_selection(selection: Selection, stop: int, *, name: str, what: str) ->
     if selection is None:
         return None
     if isinstance(selection, slice):
+        ends = [end for end in (selection.start, selection.stop, selection.step) if end is not None]
+        if not all(map(is_whole, ends)):
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT, f"{name}={selection!r:.80}: a slice is of whole numbers"
+            )
         if (selection.start or 0) < 0 or (selection.stop or 0) < 0 or (selection.step or 1) < 1:
             raise InvalidInputError(
                 ErrorKind.BAD_ARGUMENT, f"{name}={selection!r}: numbers never count from the end"

@@ -23,6 +23,8 @@ Float64s = npt.NDArray[np.float64]
 Int64s = npt.NDArray[np.int64]
 
 _VIEW = "latents"
+_MAKE_ROWS = frozenset({"unnest", "unlist", "generate_subscripts"})
+"""Functions that make several rows, or none, of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,10 @@ def _n_tables(tree: Any) -> int:
 
 
 def _refuse_chance(checked: Checked, name: str) -> None:
+    if checked.functions & _MAKE_ROWS:
+        raise bad_sql(
+            f"{name}= may not use unnest(): a latent is one row; write list_max(quantiles), quantiles[1] and the like"
+        )
     chance = sorted(checked.functions & CHANCE_FUNCTIONS)
     if chance:
         raise bad_sql(

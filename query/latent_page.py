@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actstore.checks import check_whole
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.result import Result
 from actstore.run import Run
@@ -74,7 +75,7 @@ def latent_page(
         InvalidInputError: no or too many latents, or a bad option.
         MissingDependencyError: matplotlib is not installed.
     """
-    numbers = list(dict.fromkeys(int(latent) for latent in latents))
+    numbers = list(dict.fromkeys(check_whole(latent, what="a latent", least=0) for latent in latents))
     if not 1 <= len(numbers) <= MAX_LATENTS:
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
@@ -125,7 +126,8 @@ def save_latents_picture(
         StorageError: the file cannot be written.
         MissingDependencyError: matplotlib is not installed.
     """
-    numbers = list(dict.fromkeys(int(latent) for latent in latents))[:_PANELS]
+    numbers = list(dict.fromkeys(check_whole(latent, what="a latent", least=0) for latent in latents))
+    numbers = numbers[:_PANELS]
     told = find_latents(run, dictionary, None, latents=numbers, order_by=None, mask_dead=False)
     labels = {row["latent"]: repr(tokens[0]) for row in told if (tokens := row["top_tokens_by_mean"])}
     title = f"Latents of {dictionary} on {run.id}"

@@ -88,7 +88,7 @@ def latents(
     memory_bytes = check_whole(memory_bytes, what="memory_bytes", least=1, most=MAX_BYTES)
     codes = run.codes(dictionary)
     if mask_dead is None:
-        mask_dead = latents is None and "is_dead" not in (where or "").lower()
+        mask_dead = latents is None and "is_dead" not in str(where).lower()
     options = LatentOptions(None, check_density(density), mask_dead, mask_ultra_dense)
     texts = _TextSearch(run, top_token, top_token_regex, promotes, promotes_regex)
     order = order_latents(codes, where, order_by, memory_bytes=memory_bytes)
@@ -102,8 +102,11 @@ def latents(
     found = order[known.keep[order]]
     shown = found if k is None else found[:k]
     table = _table(run, codes, shown, columns)
-    request = {"verb": "latents", "run": run.id, "dictionary": dictionary, "k": k, "where": where}
-    request |= {"order_by": order_by, **texts.echo(), **options.echo()}
+    request: dict[str, Any] = {"verb": "latents", "run": run.id, "dictionary": dictionary, "k": k}
+    request |= {"where": where, "order_by": order_by, **texts.echo(), **options.echo()}
+    if latents is not None:
+        request["latents"] = np.unique(np.asarray(latents, np.int64)).tolist()
+    request["columns"] = None if columns is None else list(columns)
     request.pop("where_latents")
     meta = Meta(
         version=run.store.version,
@@ -187,13 +190,16 @@ class _TextSearch:
 
 def _token_test(name: str, pattern: object) -> Callable[[pa.Array], pa.Array]:
     if name.endswith("regex"):
-        regex = check_pattern(pattern)
+        regex = check_pattern(pattern, name)
         return lambda texts: pc.match_substring_regex(texts, regex)
-    if not isinstance(pattern, str):
+    try:
+        wanted = pa.scalar(pattern.strip(), pa.string()) if isinstance(pattern, str) else None
+    except UnicodeEncodeError:  # a lone surrogate, as of bytes on a command line that are no UTF-8
+        wanted = None
+    if wanted is None:
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT, f"{name}= is a token's text, such as 'cat', got {pattern!r:.80}"
         )
-    wanted = pattern.strip()
     return lambda texts: pc.equal(pc.utf8_trim_whitespace(texts), wanted)
 
 
@@ -204,7 +210,10 @@ def _chosen(latents: Sequence[int] | Int64s, n_latents: int) -> Bools:
         InvalidInputError: not whole numbers.
         NotFoundError: one that the dictionary does not have.
     """
-    numbers = np.asarray(latents)
+    try:
+        numbers = np.asarray(latents)
+    except ValueError:  # lists of different lengths
+        numbers = np.empty((0, 0))
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT, f"latents= is a list of whole numbers, got {latents!r:.80}"

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from actstore.checks import check_whole
 from actstore.codes import Codes
+from actstore.errors import ErrorKind, InvalidInputError
 from actstore.patterns import Conjunction, Fires, Pattern, conjunctions, describe, fires, parse_pattern
 from actstore.result import Meta, Result
 from actstore.run import Run
@@ -120,8 +121,8 @@ def match(
 
     Raises:
         NotFoundError: no such dictionary, codes, latent, row or document.
-        InvalidInputError: no pattern, an alternative in which nothing must fire, more firings than `memory_bytes` holds, or a
-            bad option.
+        InvalidInputError: no pattern, one that holds nowhere, an alternative in which nothing must fire, more firings than
+            `memory_bytes` holds, or a bad option.
         FormatError: stored codes are missing or damaged.
     """
     start = time.perf_counter()
@@ -131,6 +132,11 @@ def match(
     check_choice(fold, Fold, what="fold")
     check_context(before, after)
     alternatives = conjunctions(pattern)
+    if not alternatives:
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"the pattern {describe(pattern)} holds nowhere: it asks a latent to fire and not to fire; leave one of the two out",
+        )
     options = RowOptions(where, rows, docs, mask_special, mask_sinks, fold, memory_bytes, regex)
     found = find_firings(
         run, alternatives, reach=within if scope == "window" else None, memory_bytes=memory_bytes

@@ -14,7 +14,7 @@ from actstore.tokenization import Tokenization
 from .unit_tables import read_words
 
 
-def check_pattern(pattern: object) -> str:
+def check_pattern(pattern: object, name: str = "regex") -> str:
     """Return `pattern` if it is a regular expression.
 
     Raises:
@@ -25,14 +25,14 @@ def check_pattern(pattern: object) -> str:
     """
     if not isinstance(pattern, str):
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"regex= is a pattern as text, such as r'^\\s*cat', got {pattern!r:.80}"
+            ErrorKind.BAD_ARGUMENT, f"{name}= is a pattern as text, such as r'^\\s*cat', got {pattern!r:.80}"
         )
     try:
         pc.match_substring_regex(pa.array([""]), pattern)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, UnicodeEncodeError) as error:
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT,
-            f"regex={pattern!r:.120} is no regular expression of RE2: {error}; look-around and back-references do not exist",
+            f"{name}={pattern!r:.120} is no regular expression of RE2: {error}; look-around and back-references do not exist",
         ) from error
     return pattern
 

@@ -1,6 +1,7 @@
 """`actstore latents STORE RUN DICTIONARY`: latents with their statistics, searched by them or by their tokens."""
 
 import argparse
+import sys
 
 from actstore.store import open_store
 
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
         **latent_options(args),
     )
     print_result(result, as_json=args.json)
-    if result.meta.n_returned and (args.plot or args.html):
+    if not result.meta.n_returned and (args.plot or args.html):
+        print("actstore: nothing was written: there is no latent to draw", file=sys.stderr)
+    elif args.plot or args.html:
         from actstore.query import latent_page
 
         numbers = result.to_arrow()["latent"].to_pylist()

@@ -104,6 +104,17 @@ def test_one_row_or_a_slice(coded):
     assert result.meta.mask["tokens"]["removed"] == {}
 
 
+def test_rows_that_are_not_there_are_told_and_ranges_go_over_them(coded):
+    codes = coded["sae"]
+    run = codes.made.run()
+    [at, *_] = np.flatnonzero(np.diff(codes.rows) > 1)
+    last, after = int(codes.rows[at]), int(codes.rows[at + 1])
+    check(run.active(slice(last, after + 1), "sae"), brute_active(codes, [last, after]))
+    for what in ([last, last + 1], slice(last + 1, after)):
+        with pytest.raises(NotFoundError):
+            run.active(what, "sae")
+
+
 def test_masks_and_filters_come_before_the_limit(coded):
     codes = coded["sae"]
     made, run = codes.made, codes.made.run()

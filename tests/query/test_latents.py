@@ -162,6 +162,8 @@ def test_chosen_latents_and_masks(coded, frame):
         {"where": ""},
         {"where": "nothing > 1"},
         {"where": "sum(density) > 1"},
+        {"where": 5},
+        {"order_by": "unnest(quantiles)"},
         {"order_by": "density LIMIT 1"},
         {"order_by": "density) UNION SELECT 1 --"},
         {"order_by": "(SELECT 1)"},
@@ -181,6 +183,9 @@ def test_errors(coded):
     for error, options in (
         (NotFoundError, {"latents": [60]}),
         (InvalidInputError, {"latents": [0.5]}),
+        (InvalidInputError, {"latents": [[1], [1, 2]]}),
+        (InvalidInputError, {"top_token_regex": "\ud800"}),
+        (InvalidInputError, {"top_token": "\ud800"}),
         (InvalidInputError, {"top_token_regex": "("}),
         (InvalidInputError, {"top_token": 3}),
         (InvalidInputError, {"k": 0}),

@@ -185,3 +185,31 @@ def test_latents_are_patterns_by_themselves():
     assert conjunctions(a & b) == conjunctions(fires(a) & fires(b))
     assert conjunctions(a | (b > 0.5)) == conjunctions(fires(a) | (fires(b) > 0.5))
     assert conjunctions((a < 2.0) & ~b) == conjunctions((fires(a) < 2.0) & ~fires(b))
+
+
+def test_latents_are_not_joined_by_and():
+    a, b = latent("s", 1), latent("s", 2)
+    for joined in (lambda: a and b, lambda: a or b, lambda: not a):
+        with pytest.raises(InvalidInputError, match="neither true nor false"):
+            joined()
+
+
+def test_bounds_between_which_nothing_lies():
+    for bounds in (lambda: (LEAVES[0] > 5) < 3, lambda: LEAVES[0] > float("inf"), lambda: LEAVES[0] < 0):
+        with pytest.raises(InvalidInputError, match="nothing lies"):
+            bounds()
+
+
+@pytest.mark.parametrize("bound", [0.1234567890123, 1e-7, 2.0, 1e22])
+def test_an_echoed_bound_is_the_bound(bound):
+    pattern = LEAVES[0] > bound
+    assert parse_pattern(describe(pattern), "s") == pattern
+
+
+def test_a_pattern_of_thousands_of_latents_is_refused_by_its_size():
+    pattern, negated = LEAVES[0], LEAVES[0]
+    for _ in range(5000):
+        pattern, negated = pattern | LEAVES[1], ~negated
+    with pytest.raises(InvalidInputError, match="5001 conditions"):
+        conjunctions(pattern)
+    assert conjunctions(negated) == conjunctions(LEAVES[0])
