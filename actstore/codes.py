@@ -85,10 +85,13 @@ def open_codes(run: "Run", dictionary: Any) -> "Codes":
             if kind == "codes" and c.config.get("run") == run.id
         )
         have = f"it was encoded with {known}" if known else "it was encoded with none"
+        stored = sorted(id for kind, id in state.collections if kind == "dictionary")
+        advice = f"encode it: actstore sae encode STORE {name} {run.id}"
+        if stored and name not in stored:
+            advice = f"the store has no dictionary of that name, but {stored}"
         raise NotFoundError(
             ErrorKind.COLLECTION_NOT_FOUND,
-            f"run {run.id!r} has no codes in dictionary {name!r} at version {state.version}: {have}; "
-            f"encode it: actstore sae encode STORE {name} {run.id}",
+            f"run {run.id!r} has no codes in dictionary {name!r} at version {state.version}: {have}; {advice}",
         )
     return Codes(run, collection)
 

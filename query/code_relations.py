@@ -111,7 +111,9 @@ def _add_source(branches: Branches, view: str, codes: Codes, source: Any, column
     # Users' names have no blank in them: what is registered cannot hide a view or be named by a query.
     name = f"{view} {codes.id}"
     branches.sources[name] = source
-    branches.selects.append(f"{_select(codes, columns)} FROM {quote_name(name)}")
+    # Row numbers are a tokenization's: without its name, a join with `tokens` would match those of others.
+    of_rows = f", {quote_text(codes.run.tokenization.id)} AS tokenization" if view != "pooled_codes" else ""
+    branches.selects.append(f"{_select(codes, columns)}{of_rows} FROM {quote_name(name)}")
 
 
 def _add_latents(branches: Branches, store: Store, codes: Codes) -> None:

@@ -56,6 +56,7 @@ _CODES = (
     _column("row", "BIGINT", "token row of the run's tokenization"),
     _LATENT,
     _column("value", "FLOAT", "the latent's value there, above 0; where it does not fire there is no row"),
+    _column("tokenization", "VARCHAR", "whose rows they are: join tokens USING (tokenization, row)"),
 )
 
 VIEWS: dict[str, View] = {

@@ -30,6 +30,7 @@ def code_frame(codes) -> pd.DataFrame:
             "row": codes.rows[found.row],
             "latent": found.col.astype(np.int32),
             "value": found.data.astype(np.float32),
+            "tokenization": codes.made.store.run(codes.run).tokenization.id,
         }
     )
 
@@ -43,7 +44,14 @@ def plain(coded):
     con.register("codes_frame", pd.concat(list(frames.values())))
     con.register("postings_frame", pd.concat([frames["sae"], frames["other"]]))
     tokens = pd.DataFrame([{f: getattr(t, f) for f in t.__dataclass_fields__} for t in made.tokens])
-    con.register("tokens_frame", tokens.assign(token=[WORDS[i] for i in tokens["token_id"]], corpus="docs"))
+    con.register(
+        "tokens_frame",
+        tokens.assign(
+            token=[WORDS[i] for i in tokens["token_id"]],
+            corpus="docs",
+            tokenization=made.run().tokenization.id,
+        ),
+    )
     stats = [
         naive_stats(coded[name], 0, coded[name].n_latents).to_pandas().assign(dictionary=name, run="run")
         for name in ("sae", "other")
@@ -112,6 +120,7 @@ def test_queries_that_look_things_up(coded, plain, view):
 JOINS = """
 SELECT count(*) AS n, sum(value::DOUBLE) AS s, max(row) AS m FROM codes;
 SELECT dictionary, run, latent, count(*) AS n, max(value) AS m FROM codes GROUP BY ALL;
+SELECT t.token, count(*) AS n FROM codes JOIN tokens t USING (tokenization, row) WHERE dictionary = 'sae' GROUP BY ALL;
 SELECT token, count(*) AS n, avg(value::DOUBLE) AS v FROM codes JOIN tokens USING (row)
     WHERE dictionary = 'sae' AND latent = 7 GROUP BY token;
 SELECT a.row, a.latent, b.latent AS other FROM codes a JOIN codes b USING (dictionary, run, row)

@@ -185,7 +185,7 @@ def test_codes_that_are_not_there(told):
     with pytest.raises(NotFoundError) as error:
         run.codes("nope")
     assert "'bare'" in error.value.message
-    assert "actstore sae encode" in error.value.message
+    assert "no dictionary of that name, but" in error.value.message
     with pytest.raises(NotFoundError, match="none"):
         told["whole"].made.run("fresh").codes("nope")
     with pytest.raises(InvalidInputError):
