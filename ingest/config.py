@@ -257,7 +257,9 @@ class IngestConfig:
             ):
                 names = {"hook_points": "hook points", "dictionary": "names"}
                 expected = (
-                    f"a non-empty list of {names[field]}" if known is None else f"a list of {', '.join(known)}"
+                    f"a non-empty list of {names[field]}"
+                    if known is None
+                    else f"a list of {', '.join(known)}"
                 )
                 raise _bad(field, value, expected)
             if field != "hook_points" and len(set(value)) < len(value):

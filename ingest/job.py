@@ -104,7 +104,9 @@ def run_ingest(
         codes = ensure_run_codes(store, store.run(config.run))
         if collection.is_sealed:
             if codes_are_complete(store, codes):
-                checked = "; its self-check is the one made when it was completed" if config.self_check else ""
+                checked = (
+                    "; its self-check is the one made when it was completed" if config.self_check else ""
+                )
                 events.say(f"run {config.run} is complete already{checked}")
             report = make_report(store, config.run, events=events)
         else:
