@@ -123,7 +123,8 @@ def test_rewritten_contents_are_refused_or_the_spans_hold_what_is_left(contents,
     try:
         found = find_spans(contents, text, render)
     except SpansNotProvedError:
-        assert any(change(c) != c for c in contents)
+        # A template that cuts is told by the marks put into a content, also where it cuts nothing off the content itself.
+        assert how == "cut" or any(change(c) != c for c in contents)
         return
     for content, (start, end) in zip(contents, found, strict=True):
         assert text[start:end].strip() == content.strip()

@@ -113,7 +113,7 @@ def test_pooled_codes_in_sql(run):
     told = run.store.sql("SELECT * FROM pooled_codes ORDER BY doc_id, latent").to_pandas()
     wanted = run.store.sql("""
         SELECT t.doc_id, latent, max(value) AS max, sum(value::DOUBLE) AS sum, count(*) AS count
-        FROM codes JOIN runs USING (run) JOIN tokens t USING (tokenization, row)
+        FROM codes JOIN tokens t USING (tokenization, row)
         WHERE NOT t.is_special GROUP BY ALL ORDER BY ALL
     """).to_pandas()
     n_tokens = run.store.sql(
