@@ -135,7 +135,11 @@ def test_text_tokens_and_roles_are_those_of_transformers(store, tokenizer, tmp_p
         mine = by_doc[i]
         assert mine["token_id"] == true["input_ids"]
         if "###" not in tokenizer.chat_template:
-            assert [r == "assistant" for r in mine["role"]] == [bool(m) for m in true["assistant_masks"]]
+            marked = [bool(m) for m in true["assistant_masks"]]
+            for j in range(1, len(marked)):
+                # transformers stops at the first token of the last character, which may be cut into several of bytes.
+                marked[j] |= marked[j - 1] and mine["char_start"][j] == mine["char_start"][j - 1]
+            assert [r == "assistant" for r in mine["role"]] == marked
         n_assistant += mine["role"].count("assistant")
         assert mine["is_special"] == [
             t in SPECIAL for t in tokenizer.convert_ids_to_tokens(true["input_ids"])
