@@ -186,6 +186,8 @@ def test_codes_that_are_not_there(told):
         run.codes("nope")
     assert "'bare'" in error.value.message
     assert "no dictionary of that name, but" in error.value.message
+    with pytest.raises(NotFoundError, match="actstore sae encode STORE sae fresh"):
+        told["whole"].made.run("fresh").codes("sae")
     with pytest.raises(NotFoundError, match="none"):
         told["whole"].made.run("fresh").codes("nope")
     with pytest.raises(InvalidInputError):
