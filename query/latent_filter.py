@@ -16,7 +16,7 @@ from actstore.errors import ErrorKind, InvalidInputError
 from actstore.latent_stats import LATENT_STATS_SCHEMA, ULTRA_DENSE
 
 from .duck import Limits, open_locked, run_query
-from .sql_gate import CHANCE_FUNCTIONS, Checked, bad_sql, check_statement
+from .sql_gate import CHANCE_FUNCTIONS, Checked, bad_sql, check_statement, count_tables
 
 Bools = npt.NDArray[np.bool_]
 Float64s = npt.NDArray[np.float64]
@@ -235,20 +235,8 @@ def _is_plain(tree: Mapping[str, Any], *, ordered: bool) -> bool:
         and not tree["cte_map"]["map"]
         and modifiers == (["ORDER_MODIFIER"] if ordered else [])
         and (not ordered or not tree.get("where_clause"))
-        and _n_tables(tree) == 1
+        and count_tables(tree) == 1
     )
-
-
-def _n_tables(tree: Any) -> int:
-    stack, found = [tree], 0
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            found += "from_table" in item
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)
-    return found
 
 
 def _refuse_chance(checked: Checked, name: str) -> None:

@@ -232,3 +232,16 @@ def _check_tables(checked: Checked, views: Collection[str], ctes: Collection[str
     lists = any(i.get("type") == "SHOW_REF" and i.get("query") is None for i in _walk(checked.tree))
     if lists and not (checked.lists_tables or checked.describes):
         raise bad_sql("SHOW TABLES is accepted only as a whole statement")
+
+
+def count_tables(tree: Any) -> int:
+    """Return how many SELECTs a parsed statement consists of, those inside of others included."""
+    stack, found = [tree], 0
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            found += "from_table" in item
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+    return found

@@ -7,7 +7,6 @@ columns that it mentions, so memory is bounded by a unit.
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from actstore.errors import InvalidInputError
 from actstore.tokenization import Tokenization
 
 from .duck import Limits, open_locked, quote_name, run_query
-from .sql_gate import CHANCE_FUNCTIONS, Checked, bad_sql, check_statement
+from .sql_gate import CHANCE_FUNCTIONS, Checked, bad_sql, check_statement, count_tables
 
 _INPUT = "tokens"
 _MORE_COLUMNS = ("token", "tokenization", "corpus")
@@ -50,7 +49,7 @@ def check_predicate(where: str) -> Checked:
         raise bad_sql(
             "where= must be one condition, without ORDER BY, LIMIT, GROUP BY, UNION or a second statement"
         )
-    if _n_tables(tree) != 1:
+    if count_tables(tree) != 1:
         raise bad_sql("where= may not hold a SELECT: find rows with store.sql(...) and pass them as rows=")
     chance = sorted(checked.functions & CHANCE_FUNCTIONS)
     if chance:
@@ -165,15 +164,3 @@ def _about(where: str, error: InvalidInputError) -> InvalidInputError:
 def _statement(where: str) -> str:
     # The line breaks keep a comment at the end of the predicate from swallowing the bracket.
     return f'SELECT "row" FROM {_INPUT} WHERE (\n{where}\n)'
-
-
-def _n_tables(tree: Any) -> int:
-    stack, found = [tree], 0
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            found += "from_table" in item
-            stack.extend(item.values())
-        elif isinstance(item, list):
-            stack.extend(item)
-    return found

@@ -10,9 +10,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from actstore.dictionary_data import DictionaryData
-from actstore.errors import ErrorKind, InvalidInputError
 from actstore.ingest.dictionaries.encoder import Encoder
 from actstore.ingest.dictionaries.save import save_dictionary
+from actstore.ingest.models import pick_device
 from actstore.log.canonical import canonical_json
 from actstore.run import Run
 from actstore.store import Store
@@ -314,14 +314,5 @@ def learning_rate_factor(step: int, *, n_steps: int, warmup: float, decay: float
 def _device(asked: str) -> "torch.device":
     import torch
 
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(asked)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"device {asked!r} cannot be used here ({error}): use auto, cpu, cuda or cuda:1",
-        ) from error
-    return device
+    # Not `auto` of models: nothing here was ever tried on Apple's GPUs.
+    return pick_device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
