@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from actstore.activations import Activations
 from actstore.errors import ErrorKind, InvalidInputError
+from actstore.row_norms import row_norms
 
 from .eligible import Bools, Eligibility, Int64s, Removed, UnitRows
 from .fold import Fold, fold_keys
@@ -26,9 +27,6 @@ _MAX_BLOCK_ROWS = 8192
 
 _SPARSE_SHARE = 1 / 256
 """Share of a unit's rows below which they are read one by one: a chunk holds a few hundred rows."""
-
-_TRUSTED_SQUARE = 2.0**-90
-"""Float32 sums of squares below this may have lost small terms to underflow."""
 
 
 @dataclass(slots=True)
@@ -110,20 +108,6 @@ def scan_top_k(
         if keep.any():
             _score_block(scorer, unit, offsets, acts_td, norms_t, keep, fold, barred, report)
     return report
-
-
-def row_norms(acts_td: Float32s) -> tuple[Float64s, Bools]:
-    """Return the L2 norm of every row (NaN or infinite for one that is not finite), and which rows are finite."""
-    with np.errstate(all="ignore"):
-        squares = np.einsum("td,td->t", acts_td, acts_td).astype(np.float64)
-        doubtful = np.flatnonzero(~((squares > _TRUSTED_SQUARE) & (squares < np.inf)))
-        finite = np.ones(len(acts_td), dtype=np.bool_)
-        for start in range(0, len(doubtful), 1024):
-            some = doubtful[start : start + 1024]
-            wide = acts_td[some].astype(np.float64)
-            squares[some] = (wide * wide).sum(axis=1)
-            finite[some] = np.isfinite(wide).all(axis=1)
-        return np.sqrt(squares), finite
 
 
 def _blocks(

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actstore.query.scan import row_norms
 from actstore.query.scores import NeuronScorer, ProjectionScorer, SimilarityScorer, dot64
+from actstore.row_norms import row_norms
 
 seeds = st.integers(0, 2**32 - 1)
 
