@@ -1,0 +1,150 @@
+"""How fast do LanceDB and DuckDB answer the questions of `bench_index`? Runs in the environment build/peers/lancedb.
+
+    python vector_search.py lancedb|duckdb FOLDER
+
+FOLDER holds what `bench_index` wrote: vectors.npy (n, d) float32, meta.parquet (row, service, kind, context), queries.npy
+(q, d) and questions.json ({name: {"where": SQL or null, "truth": [rows of each query]}}). Prints one JSON line: for each
+question the median and 95 % latency in milliseconds, the recall, and how it was searched. LanceDB: every kind of index below is
+built, for each question its probes are raised until the recall is 0.95, and the fastest kind counts.
+"""
+
+import functools
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+K, RECALL, TIMED = 20, 0.95, 60
+
+
+def recall(found, truth):
+    hits = [len(set(f) & set(t[:K])) / min(K, len(t)) for f, t in zip(found, truth, strict=False)]
+    return float(np.mean(hits))
+
+
+def timed(ask, queries):
+    for query in queries[:5]:
+        ask(query)
+    times, rows = [], []
+    for query in queries[:TIMED]:
+        start = time.perf_counter()
+        found = ask(query)
+        times.append((time.perf_counter() - start) * 1e3)
+        rows.append(found["row"].to_pylist())
+    return times, rows
+
+
+def answer(times, rows, truth, how):
+    return {"median_ms": statistics.median(times), "p95_ms": float(np.quantile(times, 0.95)),
+            "recall": recall(rows, truth[:TIMED]), "how": how}  # fmt: skip
+
+
+def batches(folder, step=50_000):
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    meta = pq.read_table(folder / "meta.parquet")
+    for first in range(0, len(vectors), step):
+        flat = pa.array(np.asarray(vectors[first : first + step]).reshape(-1))
+        piece = meta.slice(first, step)
+        yield piece.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+
+
+def run_lancedb(folder, queries, questions):
+    import lancedb
+
+    path = folder / "lance"
+    shutil.rmtree(path, ignore_errors=True)
+    db, table = lancedb.connect(str(path)), None
+    start = time.perf_counter()
+    for piece in batches(folder):
+        if table is None:
+            table = db.create_table("t", piece)
+        else:
+            table.add(piece)
+    for column in ("service", "kind"):
+        table.create_scalar_index(column, index_type="BITMAP")
+    found = {"load_s": time.perf_counter() - start, "build_s": {}, "questions": {}}
+    n_lists = int(len(np.load(folder / "vectors.npy", mmap_mode="r")) ** 0.5)
+    for kind in ("IVF_SQ", "IVF_PQ", "IVF_RQ", "IVF_HNSW_SQ"):
+        start = time.perf_counter()
+        lists = max(1, n_lists // 16) if "HNSW" in kind else n_lists
+        more = {"num_sub_vectors": queries.shape[1] // 8} if kind == "IVF_PQ" else {}
+        table.create_index(metric="cosine", num_partitions=lists, index_type=kind, replace=True, **more)
+        table.optimize()
+        found["build_s"][kind] = time.perf_counter() - start
+        for name, question in questions.items():
+            best = search_lancedb(table, queries, question, kind, lists)
+            known = found["questions"].get(name)
+            if best and (known is None or best["median_ms"] < known["median_ms"]):
+                found["questions"][name] = best
+    return found
+
+
+def ask_lancedb(table, where, probes, refine, query, *, is_graph):
+    builder = table.search(query).distance_type("cosine").limit(K).nprobes(probes).refine_factor(refine)
+    if is_graph:
+        builder = builder.ef(max(64, 4 * K))
+    if where:
+        builder = builder.where(where, prefilter=True)
+    return builder.select(["row", "service", "kind", "context"]).to_arrow()
+
+
+def search_lancedb(table, queries, question, kind, lists):
+    for refine in (1, 4) if kind == "IVF_SQ" else (4, 10):
+        for probes in (4, 8, 16, 32, 64, 128, 256, lists):
+            if probes > lists:
+                continue
+
+            ask = functools.partial(
+                ask_lancedb, table, question["where"], probes, refine, is_graph="HNSW" in kind
+            )
+            some = [ask(query)["row"].to_pylist() for query in queries[:30]]
+            if recall(some, question["truth"][:30]) >= RECALL:
+                times, rows = timed(ask, queries)
+                return answer(
+                    times, rows, question["truth"], f"{kind}, {probes} of {lists} lists, refine {refine}"
+                )
+    return None
+
+
+def ask_duckdb(db, sql, query):
+    return db.execute(sql, [query.tolist()]).to_arrow_table()
+
+
+def run_duckdb(folder, queries, questions):
+    import duckdb
+
+    path = folder / "vectors.duckdb"
+    path.unlink(missing_ok=True)
+    db = duckdb.connect(str(path))
+    start = time.perf_counter()
+    for first, piece in enumerate(batches(folder)):
+        db.register("piece", piece)
+        db.execute(
+            "CREATE TABLE t AS SELECT * FROM piece" if first == 0 else "INSERT INTO t SELECT * FROM piece"
+        )
+        db.unregister("piece")
+    db.execute("CHECKPOINT")
+    found = {"load_s": time.perf_counter() - start, "questions": {}}
+    for name, question in questions.items():
+        where = f"WHERE {question['where']}" if question["where"] else ""
+        sql = (
+            f"SELECT row, service, kind, context, array_cosine_similarity(vector, ?::FLOAT[{queries.shape[1]}]) AS s "
+            f"FROM t {where} ORDER BY s DESC LIMIT {K}"
+        )
+        ask = functools.partial(ask_duckdb, db, sql)
+        times, rows = timed(ask, queries[:25])
+        found["questions"][name] = answer(times, rows, question["truth"], "brute force")
+    return found
+
+
+if __name__ == "__main__":
+    side, folder = sys.argv[1], Path(sys.argv[2])
+    queries, questions = np.load(folder / "queries.npy"), json.loads((folder / "questions.json").read_text())
+    result = {"lancedb": run_lancedb, "duckdb": run_duckdb}[side](folder, queries, questions)
+    print(json.dumps(result))
