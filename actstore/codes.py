@@ -10,6 +10,7 @@ Row numbers are the run's. Every page that is read is compared with a checksum t
 import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,7 +25,7 @@ from actstore.log.values import Collection, StoredObject, Unit
 from actstore.names import check_name
 from actstore.postings import Postings, open_postings
 from actstore.row_requests import as_numbers
-from actstore.sampling import parse_kept
+from actstore.sampling import KeptRows, parse_kept
 from actstore.sparse.rows import VALUE_DTYPES, SparseRows
 from actstore.sparse.unit_codes import UnitCodes
 
@@ -134,12 +135,20 @@ class Codes:
             )
         if self.value_dtype not in VALUE_DTYPES or min(self.n_latents, self.rows_per_unit) < 1:
             raise _broken(collection, f"values of {self.value_dtype!r}, {self.n_latents} latents")
-        self._layout = _layout(collection, run, self.hook_point, self.rows_per_unit)
-        self._layout_units = {unit.unit: unit for unit in self._layout.units}
+        self._kept = _parse_kept(collection, run)
         self._units: dict[int, UnitCodes] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Codes, (self.run, self.collection))
+
+    @cached_property
+    def _layout(self) -> RowLayout:
+        # Every unit's entry is taken apart for it, and what postings answer does without.
+        return _layout(self, self._kept)
+
+    @cached_property
+    def _layout_units(self) -> dict[int, UnitRows]:
+        return {unit.unit: unit for unit in self._layout.units}
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else f"{len(self.collection.units)} units so far"
@@ -245,7 +254,11 @@ class Codes:
                     "finish them with actstore sae encode",
                 )
             self._units[number] = UnitCodes(
-                self.run.store.storage, unit_object(self.collection, unit), unit.meta
+                self.run.store.storage,
+                unit_object(self.collection, unit),
+                unit.meta,
+                n_rows=unit.rows,
+                n_latents=self.n_latents,
             )
         return self._units[number]
 
@@ -363,18 +376,31 @@ def unit_object(collection: Collection, unit: Unit) -> StoredObject:
     return found[0]
 
 
-def _layout(collection: Collection, run: "Run", hook_point: str, rows_per_unit: int) -> RowLayout:
-    """Return which rows are encoded; codes have the run's row numbers, but no shards."""
+def _parse_kept(collection: Collection, run: "Run") -> KeptRows | None:
+    """Return which rows the run keeps, if not all.
+
+    Raises:
+        FormatError: the run's configuration does not say.
+    """
     config = run.collection.config
     try:
         kept = parse_kept(config)
-        per_unit = rows_per_unit if kept is None else int(config["stored_rows_per_unit"])
+        if kept is not None:
+            int(config["stored_rows_per_unit"])
     except (KeyError, TypeError, ValueError, InvalidInputError) as error:
         raise _broken(collection, f"run {run.id!r} does not say which rows it keeps ({error!r})") from error
-    live = ((number, collection.units[number].rows) for number in sorted(collection.units))
+    return kept
+
+
+def _layout(codes: Codes, kept: KeptRows | None) -> RowLayout:
+    """Return which rows are encoded; codes have the run's row numbers, but no shards."""
+    per_unit = codes.rows_per_unit
+    if kept is not None:
+        per_unit = int(codes.run.collection.config["stored_rows_per_unit"])
+    live = ((number, codes.collection.units[number].rows) for number in sorted(codes.collection.units))
     units = tuple(UnitRows(number, rows, (), None) for number, rows in live if rows)
     no_shards = ShardSpec(1, 1, 1, "float32", "hot")
-    return RowLayout(hook_point, no_shards, rows_per_unit, per_unit, units, kept)
+    return RowLayout(codes.hook_point, no_shards, codes.rows_per_unit, per_unit, units, kept)
 
 
 def _broken(collection: Collection, found: str) -> FormatError:

@@ -194,7 +194,10 @@ class Postings:
     def _segment(self, number: int) -> Segment:
         if number not in self._segments:
             unit = self.collection.units[number]
-            self._segments[number] = Segment(self._storage, _segment_object(self.collection, unit), unit.meta)
+            latents = range(int(self._bounds[number]), int(self._bounds[number + 1]))
+            self._segments[number] = Segment(
+                self._storage, _segment_object(self.collection, unit), unit.meta, latents=latents
+            )
         return self._segments[number]
 
 

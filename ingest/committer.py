@@ -186,17 +186,31 @@ def take_over(log: CommitLog, id: str, *, kind: str = KIND) -> int:
     """Give the collection a new epoch, so that no earlier job can commit to it any more, and return the epoch.
 
     Raises:
-        ConflictError: other jobs keep doing the same.
+        StorageError: other jobs keep doing the same.
+    """
+    return take_over_together(log, [(kind, id)])[0]
+
+
+def take_over_together(log: CommitLog, collections: Sequence[tuple[str, str]]) -> list[int]:
+    """Do the same with collections, by kind and id, whose units are committed together, and return their epochs.
+
+    All are fenced in one commit: of two jobs that do this at once one comes last for all of them, and can go on. Fenced one after
+    the other, each job could shut the other out of another collection, and neither could commit.
+
+    Raises:
+        StorageError: other jobs keep doing the same.
     """
     for _ in range(_FENCE_TRIES):
-        epoch = log.latest().collection(kind, id).epoch + 1
+        state = log.latest()
+        fences = [Fence(kind, id, state.collection(kind, id).epoch + 1) for kind, id in collections]
         try:
-            log.commit([Fence(kind=kind, id=id, epoch=epoch)], txn=uuid.uuid4().hex)
+            log.commit(fences, txn=uuid.uuid4().hex)
         except ConflictError as error:
             if error.kind is not ErrorKind.FENCED:
                 raise
         else:
-            return epoch
+            return [fence.epoch for fence in fences]
+    kind, id = collections[0]
     raise StorageError(
         ErrorKind.STORAGE_FAILED,
         f"{kind} {id!r} was taken over by other jobs {_FENCE_TRIES} times in a row: stop the other jobs of it",

@@ -11,6 +11,7 @@ from actstore.errors import ErrorKind, InvalidInputError
 from actstore.names import check_name
 
 from .encoding.plan import POOL_TOP_M
+from .encoding.postings_plan import DEFAULT_MEMORY_BYTES as POSTINGS_MEMORY_BYTES
 
 DTYPES = {
     "fp32": "float32",
@@ -81,6 +82,9 @@ class IngestConfig:
 
     pool_top_m: int = POOL_TOP_M
     """Latents whose pooled codes are kept of each document, those of the largest sums."""
+
+    postings_memory_mb: int = POSTINGS_MEMORY_BYTES >> 20
+    """MiB that each worker may take for building the codes' postings: the more, the less often all codes are read."""
 
     sample: float = 1.0
     """Share of the token rows that dense storage keeps, chosen by a hash of row number and `seed`."""
@@ -223,7 +227,8 @@ class IngestConfig:
                 raise _bad(field, getattr(self, field), "true or false")
 
     def _check_numbers(self) -> None:
-        for field in ("workers", "min_workers", "batch_tokens", "max_attempts", "commit_units", "pool_top_m"):
+        counts = "workers", "min_workers", "batch_tokens", "max_attempts", "commit_units", "pool_top_m"
+        for field in (*counts, "postings_memory_mb"):
             check_whole(getattr(self, field), what=field, least=1)
         for field in ("seed", "allow_failed", "overlap"):
             check_whole(getattr(self, field), what=field, least=0)
@@ -304,7 +309,12 @@ class IngestConfig:
                 why = "0 where only codes are kept, which are not compared: add dense or pooled to keep"
                 raise _bad("self_check", self.self_check, why)
             return
-        for field, default in (("dictionary", ()), ("codes_dtype", "float16"), ("pool_top_m", POOL_TOP_M)):
+        for field, default in (
+            ("dictionary", ()),
+            ("codes_dtype", "float16"),
+            ("pool_top_m", POOL_TOP_M),
+            ("postings_memory_mb", POSTINGS_MEMORY_BYTES >> 20),
+        ):
             value = getattr(self, field)
             if (tuple(value) if field == "dictionary" else value) != default:
                 raise _bad(field, value, "left out where no codes are kept: add codes to keep")

@@ -22,7 +22,7 @@ from actstore.store import Store, open_store
 from actstore.tokenization import Tokenization
 
 from .backend import Backend, open_backend
-from .committer import KIND, Committer, take_over
+from .committer import KIND, Committer
 from .config import IngestConfig, config_differences
 from .cost import check_run_room
 from .events import Collector, JobEvents, ray_sinks
@@ -35,9 +35,9 @@ from .run_codes import (
     codes_are_complete,
     ensure_run_codes,
     finish_run_codes,
-    take_over_codes,
+    take_over_run,
 )
-from .run_plan import check_same_config, dtype_to_store, make_plan, tokenize_settings
+from .run_plan import check_same_config, dtype_to_store, tokenize_settings
 from .run_plan import run_config as run_config
 from .scheduler import Limits, Scheduler
 from .signals import stop_on_signals
@@ -232,8 +232,7 @@ def _run_units(
     stop: threading.Event,
 ) -> IngestReport:
     tokenization = store.tokenization(collection.config["tokenization"])
-    plan = make_plan(collection, epoch=take_over(store.log, config.run))
-    plan = take_over_codes(store, plan, codes)
+    plan = take_over_run(store, collection, codes)
     run = store.refresh().state.collection(KIND, config.run)
     units = tokenization.collection.units
     pending = [unit for unit in sorted(units) if unit not in run.units]

@@ -14,11 +14,13 @@ from actstore.log.values import Collection
 from actstore.run import Run
 from actstore.store import Store
 
-from .committer import take_over
+from .committer import KIND as RUN
+from .committer import take_over_together
 from .config import IngestConfig
 from .encoding.encode import ensure_codes, finish_codes, has_postings
 from .encoding.plan import KIND, CodesSettings, codes_plan
 from .host import ModelDescription
+from .run_plan import make_plan
 from .unit import RunPlan
 
 
@@ -73,10 +75,11 @@ def ensure_run_codes(store: Store, run: Run) -> list[Collection]:
     return found
 
 
-def take_over_codes(store: Store, plan: RunPlan, codes: Sequence[Collection]) -> RunPlan:
-    """Return the plan with the codes in it, at epochs that fence earlier jobs off."""
-    plans = [codes_plan(c, epoch=take_over(store.log, c.id, kind=KIND)) for c in codes]
-    return replace(plan, codes=tuple(plans))
+def take_over_run(store: Store, run: Collection, codes: Sequence[Collection]) -> RunPlan:
+    """Return the plan of a run and its codes, at epochs that fence earlier jobs off from all of them at once."""
+    epochs = take_over_together(store.log, [(RUN, run.id), *((KIND, c.id) for c in codes)])
+    plans = (codes_plan(c, epoch=epoch) for c, epoch in zip(codes, epochs[1:], strict=True))
+    return replace(make_plan(run, epoch=epochs[0]), codes=tuple(plans))
 
 
 def finish_run_codes(
@@ -96,6 +99,7 @@ def finish_run_codes(
             collection.id,
             ray_address=config.ray_address,
             workers=config.workers,
+            memory_bytes=config.postings_memory_mb << 20,
             notice=notice,
             stop=stop,
         )

@@ -45,6 +45,9 @@ class StoredRows:
     error: Int8Error | None
     """How far int8 rows are from those that were captured; None for other dtypes."""
 
+    is_adopted: bool = False
+    """Whether some of them were there already, with other rows than were captured."""
+
 
 def store_rows(
     storage: Storage,
@@ -81,6 +84,7 @@ def store_rows(
     spent["encode"] += time.perf_counter() - began
     objects: list[StoredObject] = []
     sums: list[Sums] = []
+    is_adopted = False
     for number, start in enumerate(range(0, len(stored), spec.rows_per_shard)):
         piece = stored[start : start + spec.rows_per_shard]
         began = time.perf_counter()
@@ -92,6 +96,7 @@ def store_rows(
             sums.append(encoded.sums)
         except ConflictError:
             del encoded
+            is_adopted = True
             found, theirs = adopt_shard(storage, key(number), spec, n_rows=len(piece))
             stored[start : start + len(theirs)] = theirs
             objects.append(found)
@@ -100,7 +105,8 @@ def store_rows(
     began = time.perf_counter()
     error = None if transform is None else _measured(captured, dtype, kept, stored, transform)
     spent["encode"] += time.perf_counter() - began
-    return StoredRows(tuple(objects), np.concatenate(sums) if sums else np.empty(0, np.uint32), stored, error)
+    of_all = np.concatenate(sums) if sums else np.empty(0, np.uint32)
+    return StoredRows(tuple(objects), of_all, stored, error, is_adopted)
 
 
 def adopt_shard(storage: Storage, key: str, spec: ShardSpec, *, n_rows: int) -> tuple[StoredObject, Rows]:

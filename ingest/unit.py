@@ -33,7 +33,7 @@ from actstore.storage import Storage, write_new
 from actstore.tokenization import Tokenization
 
 from .encoding.plan import CodesPlan
-from .encoding.unit_codes import CodesWriter, blocks_of
+from .encoding.unit_codes import CodesWriter, EncodedRows, blocks_of
 from .pooling import POOLING_COLUMNS, Mask, finite_rows
 from .row_buffers import Buffers
 from .shards import Offsets, StoredRows, store_rows
@@ -218,12 +218,16 @@ class _UnitWork:
             return self._tokens, window_starts(doc_ids, windows)
 
     def write(self, out: dict[str, Rows]) -> WrittenUnit:
-        """Store everything that the plan keeps of the captured rows, which are dropped one hook point after the other."""
+        """Store everything that the plan keeps of the captured rows, which are dropped one hook point after the other.
+
+        The unit's codes in all dictionaries are in memory at once.
+        """
         plan = self._plan
-        # All are checked before the first shard is written: a refused unit must leave nothing behind under fixed keys.
+        # All are checked and encoded before the first shard is written: a refused unit leaves nothing behind under fixed keys.
         with self.timed("statistics"):
             finite = {name: self._checked(name, rows) for name, rows in out.items()}
         kept = self._kept_rows()
+        encoded = {name: self._encoded(name, rows, kept) for name, rows in out.items()}
         tokens = self._tokens if kept is None else self._tokens.take(pa.array(kept))
         pooling = self._pooling()
         stats: list[HookPointStats] = []
@@ -238,14 +242,16 @@ class _UnitWork:
                 self._objects += stored.objects
                 sums[name] = stored.sums
                 stats.append(self._describe(name, spec, stored, tokens))
-                # Rows that were rounded to int8 are not what the model computed; others may be an earlier attempt's.
-                is_float = spec.dtype != "int8"
-                self._encode(name, stored.rows if is_float else rows, None if is_float else kept, kept)
+                codes = encoded.pop(name)
+                # Codes are those of the stored rows, whoever computed them; int8 rows are not what a model computed.
+                if stored.is_adopted and spec.dtype != "int8":
+                    codes = self._encoded(name, stored.rows, None)
                 del stored
+                self._store_codes(codes, kept)
             else:
                 captured = StoredRows((), np.empty(0, np.uint32), rows, None)
                 stats.append(self._describe(name, replace(spec, dtype=plan.capture_dtype), captured, tokens))
-                self._encode(name, rows, None, None)
+                self._store_codes(encoded.pop(name), None)
                 del captured
             self._spare.give(rows)
             del rows
@@ -264,15 +270,23 @@ class _UnitWork:
             also=tuple(self._also),
         )
 
-    def _encode(self, name: str, rows: Rows, wanted: Offsets | None, kept: Offsets | None) -> None:
-        """Store the codes of a hook point's rows, of those at `wanted` if given; they are the tokens at `kept`."""
+    def _encoded(
+        self, name: str, rows: Rows, wanted: Offsets | None
+    ) -> list[tuple[CodesWriter, EncodedRows]]:
+        """Return the codes of a hook point's rows, of those at `wanted` if given, in every dictionary; stores nothing."""
+        found = []
         for writer in self._codes:
             if writer.plan.hook_point == name:
-                encoded = writer.encode(blocks_of(rows, self._plan.capture_dtype, wanted))
-                self._spent["codes"] = self._spent.get("codes", 0.0) + encoded.seconds
-                with self.timed("codes"):
-                    add = writer.add(self._unit, self._attempt, encoded, self._tokens, kept=kept)
-                self._also.append(add)
+                found.append((writer, writer.encode(blocks_of(rows, self._plan.capture_dtype, wanted))))
+                self._spent["codes"] = self._spent.get("codes", 0.0) + found[-1][1].seconds
+        return found
+
+    def _store_codes(self, codes: list[tuple[CodesWriter, EncodedRows]], kept: Offsets | None) -> None:
+        """Store the codes of the unit's tokens at `kept`, of all if None."""
+        for writer, encoded in codes:
+            with self.timed("codes"):
+                add = writer.add(self._unit, self._attempt, encoded, self._tokens, kept=kept)
+            self._also.append(add)
 
     def _checked(self, name: str, rows: Rows) -> Mask | None:
         """Return which captured rows are finite, None for all, if the run may have others."""

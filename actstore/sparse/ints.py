@@ -30,6 +30,10 @@ _TOP_BITS: Final = 4
 _MAX_BITS: Final = 64
 _HEADER: Final = struct.Struct("<BB")
 _PIECE: Final = struct.Struct("<BI")
+_FRAME: Final = struct.Struct("<IB")
+"""How a zstd frame begins: a magic number and the descriptor of its header."""
+
+_FRAME_MAGIC: Final = 0xFD2FB528
 
 
 def pack_ints(numbers: UInts, shift: int | None = None) -> bytes:
@@ -90,6 +94,8 @@ def unpack_values(
         FormatError: the bytes are none that it writes.
     """
     below, end = unpack_ints(data, count, f"<u{dtype.itemsize}", offset)
+    if not isinstance(most, np.ndarray) and most >> (8 * dtype.itemsize):
+        raise damaged_ints(f"the bits {most:#x} of a value where {dtype} was expected")
     np.subtract(most if isinstance(most, np.ndarray) else below.dtype.type(most), below, out=below)
     return below.view(dtype), end
 
@@ -98,6 +104,8 @@ def unpack_ints(
     data: bytes | memoryview, count: int, dtype: Any = np.uint32, offset: int = 0
 ) -> tuple[npt.NDArray[Any], int]:
     """Return `count` numbers that `pack_ints` packed at `offset`, and where what follows begins.
+
+    Memory: that of `count` numbers and a few bytes for each, whatever the bytes say; `count` is the caller's to bound.
 
     Raises:
         FormatError: the bytes are none that it writes, or numbers do not fit into `dtype`.
@@ -181,6 +189,22 @@ def _pack_piece(piece: npt.NDArray[np.uint8]) -> bytes:
     return _PIECE.pack(_RAW, len(piece)) + piece.tobytes()
 
 
+def _frame_size(frame: bytes | memoryview) -> int | None:
+    """Return how many bytes a zstd frame says that it holds; None if it does not say. Source: RFC 8878, section 3.1.1.1."""
+    magic, descriptor = _FRAME.unpack_from(frame)
+    if magic != _FRAME_MAGIC:
+        raise ValueError("a piece is no zstd frame")
+    is_single = descriptor >> 5 & 1
+    n_bytes = (is_single, 2, 4, 8)[descriptor >> 6]
+    at = _FRAME.size + (1 - is_single) + (0, 1, 2, 4)[descriptor & 3]
+    field = bytes(frame[at : at + n_bytes])
+    if len(field) != n_bytes:
+        raise ValueError("a piece ends in the header of its zstd frame")
+    if not n_bytes:
+        return None
+    return int.from_bytes(field, "little") + (256 if n_bytes == 2 else 0)
+
+
 def _unpack_piece(data: bytes | memoryview, offset: int, count: int) -> tuple[npt.NDArray[np.uint8], int]:
     method, nbytes = _PIECE.unpack_from(data, offset)
     offset += _PIECE.size
@@ -191,8 +215,14 @@ def _unpack_piece(data: bytes | memoryview, offset: int, count: int) -> tuple[np
     if method == _CONSTANT and nbytes == 1:
         return np.full(count, part[0], np.uint8), end
     if method == _ZSTD:
-        part = zstd.decompress(part)
-    elif method != _RAW:
+        declared = _frame_size(part)
+        if declared != count:  # before as much is allocated as the frame says
+            raise ValueError(f"a piece is said to have {declared} bytes, {count} were expected")
+        # Into as much: frames may follow that are said to hold more.
+        whole = np.empty(count, np.uint8)
+        zstd.decompress(part, whole)
+        return whole, end
+    if method != _RAW:
         raise ValueError(f"a piece has the unknown method {method}")
     if len(part) != count:
         raise ValueError(f"a piece has {len(part)} bytes, {count} were expected")

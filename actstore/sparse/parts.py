@@ -59,6 +59,20 @@ class DirectoryRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Promised:
+    """What the manifest says of an object: nothing that is made of the object's bytes may be larger."""
+
+    nnz: int
+    """Codes or postings."""
+    n_rows: int | None
+    """Of codes; None where that is not known."""
+    latents: range | None
+    """All of the dictionary, or those of a segment; None where that is not known."""
+    pages_end: int
+    """Where the pages end: the directory's offset."""
+
+
+@dataclass(frozen=True, slots=True)
 class PageTable:
     """Where the pages of an object lie: one after another, without gaps."""
 
@@ -201,6 +215,24 @@ def checked_entry(obj: StoredObject, meta: Any) -> Any:
             f"object {obj.key!r} has format {meta['format']}, this version of actstore reads 1: use a newer one",
         )
     return meta.get("directory")
+
+
+def promised(obj: StoredObject, meta: Any, *, n_rows: int | None, latents: range | None) -> Promised:
+    """Return what the manifest says of an object; `checked_entry` holds of `meta`.
+
+    Args:
+        obj: As the manifest promises it.
+        meta: What an encoder returned with it.
+        n_rows: Of codes; None if that is not known.
+        latents: Of the dictionary, or of a segment; None if that is not known.
+
+    Raises:
+        FormatError: `meta` is something else.
+    """
+    ref, nnz = _parse_ref(obj, meta.get("directory")), meta.get("nnz")
+    if not isinstance(nnz, int) or nnz < 0:
+        raise _broken(obj, f"it is said to have {nnz!r:.80} codes")
+    return Promised(nnz, n_rows, latents, ref.offset)
 
 
 def frozen(array: npt.NDArray[S]) -> npt.NDArray[S]:

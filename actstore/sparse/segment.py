@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from actstore.log.values import StoredObject
 from actstore.sparse.ints import bits_of
-from actstore.sparse.parts import ObjectParts, checked_entry
+from actstore.sparse.parts import ObjectParts, checked_entry, promised
 from actstore.sparse.rows import VALUE_DTYPES, Values
 from actstore.sparse.segment_format import (
     BLOCK_POSTINGS,
@@ -39,19 +40,23 @@ class Block:
 class Segment:
     """The stored postings of a stretch of latents; safe for use from many threads, pickles."""
 
-    def __init__(self, storage: Storage, obj: StoredObject, meta: Any) -> None:
+    def __init__(
+        self, storage: Storage, obj: StoredObject, meta: Any, *, latents: range | None = None
+    ) -> None:
         """Take an object; reads nothing yet.
 
         Args:
             storage: Where it is.
             obj: As the manifest promises it.
             meta: What `encode_segment` returned with it.
+            latents: Its latents, as the manifest has them; an object of others is damaged. None if that is not known.
 
         Raises:
             FormatError: `meta` is something else, or of a newer format.
         """
         self.key = obj.key
         self._parts = ObjectParts(storage, obj, checked_entry(obj, meta))
+        self._parse = partial(parse_directory, told=promised(obj, meta, n_rows=None, latents=latents))
 
     @property
     def directory(self) -> SegmentDirectory:
@@ -60,7 +65,7 @@ class Segment:
         Raises:
             FormatError: the object is missing or damaged.
         """
-        return self._parts.directory(parse_directory)
+        return self._parts.directory(self._parse)
 
     def blocks(self, latent: int) -> list[Block]:
         """Return the blocks of a latent, strongest first; reads the directory only."""

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.sparse.ints import damaged_ints, pack_ints, pack_values, unpack_ints, unpack_values
-from actstore.sparse.parts import PageTable, frozen, page_table
-from actstore.sparse.rows import VALUE_DTYPES, Values, indptr_of
+from actstore.sparse.parts import PageTable, Promised, frozen, page_table
+from actstore.sparse.rows import MAX_LATENTS, VALUE_DTYPES, Values, indptr_of
 
 MAGIC: Final = b"ACTPOST1"
 
@@ -147,8 +147,8 @@ def encode_directory(
     )
 
 
-def parse_directory(data: bytes) -> tuple[SegmentDirectory, int]:
-    """Return what a directory says, and its size in memory.
+def parse_directory(data: bytes, *, told: Promised) -> tuple[SegmentDirectory, int]:
+    """Return what a directory says, and its size in memory, which what the manifest told bounds.
 
     Raises:
         FormatError: it says nothing that `encode_segment` writes; without the name of the object.
@@ -156,7 +156,16 @@ def parse_directory(data: bytes) -> tuple[SegmentDirectory, int]:
     try:
         first_latent, n_latents, n_postings, n_blocks, n_pages, value_bytes = _HEADER.unpack_from(data)
         pages = np.frombuffer(data, _PAGE_ENTRY, n_pages, _HEADER.size)
+        latents = range(first_latent, first_latent + n_latents)
+        is_known = n_latents > 0 and latents.stop <= MAX_LATENTS and told.latents in (None, latents)
+        if n_postings != told.nnz or not is_known:
+            raise damaged_ints(f"{n_postings} postings of the latents {latents}; the manifest has {told}")
         packed, offset = unpack_ints(data, n_latents, np.uint64, _HEADER.size + pages.nbytes)
+        # A sum of whole numbers may go round.
+        if packed.sum(dtype=np.float64) > 2.0 * n_postings or int(packed.sum()) != n_postings:
+            raise damaged_ints(f"its latents do not have {n_postings} postings together")
+        if n_blocks != int((-(-packed.astype(np.int64) // BLOCK_POSTINGS)).sum()):
+            raise damaged_ints(f"the directory has {n_blocks} blocks, its counts make others")
         high, offset = unpack_ints(data, n_blocks, np.uint32, offset)
         span, _ = unpack_ints(data, n_blocks, np.uint32, offset)
         dtype = {kind.itemsize: name for name, kind in VALUE_DTYPES.items()}[value_bytes]
@@ -169,8 +178,15 @@ def parse_directory(data: bytes) -> tuple[SegmentDirectory, int]:
     first_blocks[ranks] = indptr_of(ranked)[:-1]
     block_counts = block_counts_of(counts[ranks])
     page_blocks = indptr_of(pages["blocks"].astype(np.int64))
-    if len(block_counts) != n_blocks or page_blocks[-1] != n_blocks or block_counts.sum() != n_postings:
-        raise damaged_ints(f"the directory has {n_blocks} blocks, its counts make {len(block_counts)}")
+    if page_blocks[-1] != n_blocks or (span > high).any() or int(high.max(initial=0)) >> 8 * value_bytes:
+        raise damaged_ints(
+            f"pages of {page_blocks[-1]} blocks where there should be {n_blocks}, or their values are none"
+        )
+    table = page_table(pages["nbytes"].astype(np.int64), pages["crc"].astype(np.uint32), len(MAGIC))
+    if table.offsets[-1] != told.pages_end:
+        raise damaged_ints(
+            f"its pages end at byte {table.offsets[-1]}, its directory begins at {told.pages_end}"
+        )
     directory = SegmentDirectory(
         first_latent=first_latent,
         n_latents=n_latents,
@@ -183,7 +199,7 @@ def parse_directory(data: bytes) -> tuple[SegmentDirectory, int]:
         low=high - span,
         high=high,
         page_blocks=page_blocks,
-        table=page_table(pages["nbytes"].astype(np.int64), pages["crc"].astype(np.uint32), len(MAGIC)),
+        table=table,
     )
     return directory, directory.nbytes
 

@@ -1,10 +1,10 @@
 """How do postings in memory become a stored segment? (FORMAT.md, section 8.3)
 
 `encode_grouped` takes them latent by latent, as a job that also computes their statistics has them; `encode_segment` in any
-order. Both give the same bytes.
+order; `encode_blocks` in the stored order, a part at a time, so that a latent need not be in memory. All give the same bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +28,8 @@ from actstore.sparse.segment_format import (
 )
 
 Int64s = npt.NDArray[np.int64]
+Part = tuple[Int64s, npt.NDArray[Any]]
+"""Rows of some postings, and the bits of their values."""
 
 _MAX_ROW: Final = 1 << 62
 _BATCH_POSTINGS: Final = 1 << 17
@@ -94,32 +96,49 @@ def encode_grouped(
     >>> grouped == encode_segment(5, 3, np.array([5, 5, 7]), rows, values)
     True
     """
-    check_whole(first_latent, what="first_latent", least=0, most=MAX_LATENTS)
-    _check(indptr, rows, values)
+    check_postings(indptr, rows, values)
     counts = np.diff(indptr)
+    ordered = _ordered(density_order(counts), indptr, rows, bits_of(values))
+    parts, meta = encode_blocks(first_latent, counts, ordered, values.dtype)
+    return b"".join(parts), meta
+
+
+def encode_blocks(
+    first_latent: int, counts: Int64s, ordered: Iterable[Part], value_dtype: np.dtype[Any]
+) -> tuple[list[bytes], dict[str, Any]]:
+    """Return the object as pieces that follow each other, and what `encode_segment` returns with it.
+
+    Memory: the object, one part, and a few MiB.
+
+    Args:
+        first_latent: First latent of the segment.
+        counts: Postings of every latent.
+        ordered: Rows and bits of the values of all postings in the stored order: latents in `density_order`, of each the blocks
+            by descending value, in a block by row. However it is cut into parts; `check_postings` holds of them.
+        value_dtype: Of the values.
+    """
+    check_whole(first_latent, what="first_latent", least=0, most=MAX_LATENTS)
     parts, entries = [MAGIC], []
     low, high = [np.empty(0, np.uint32)], [np.empty(0, np.uint32)]
-    for page_rows, bits, starts in _pages(indptr, rows, bits_of(values)):
+    for page_rows, bits, starts in _pages(counts, iter(ordered), bits_dtype=f"<u{value_dtype.itemsize}"):
         part, block_low, block_high = encode_page(page_rows, bits, starts)
         entries.append((len(starts), len(part), crc32c(part)))
         parts.append(part)
         low.append(block_low)
         high.append(block_high)
-    header = (first_latent, len(counts), len(rows), values.itemsize)
+    n_postings = int(counts.sum())
+    header = (first_latent, len(counts), n_postings, value_dtype.itemsize)
     tail = encode_directory(header, entries, counts, np.concatenate(low), np.concatenate(high))
     ref = DirectoryRef.of(tail, sum(map(len, parts)))
-    return b"".join([*parts, tail]), {"format": 1, "nnz": len(rows), "directory": ref.to_json()}
+    return [*parts, tail], {"format": 1, "nnz": n_postings, "directory": ref.to_json()}
 
 
 def _pages(
-    indptr: Int64s, rows: Int64s, bits: npt.NDArray[Any]
+    counts: Int64s, stream: Iterator[Part], *, bits_dtype: str
 ) -> Iterator[tuple[Int64s, npt.NDArray[Any], Int64s]]:
     """Yield rows, bits and starts of blocks of every page: as many whole blocks as fit."""
-    counts = np.diff(indptr)
-    order = density_order(counts)
-    starts = indptr_of(block_counts_of(counts[order]))
-    stream = _ordered(order, indptr, rows, bits)
-    held_rows, held_bits = np.empty(0, np.int64), np.empty(0, bits.dtype)
+    starts = indptr_of(block_counts_of(counts[density_order(counts)]))
+    held_rows, held_bits = np.empty(0, np.int64), np.empty(0, bits_dtype)
     first = 0
     while first < len(starts) - 1:
         stop = max(first + 1, int(np.searchsorted(starts, starts[first] + PAGE_POSTINGS, side="right")) - 1)
@@ -132,9 +151,7 @@ def _pages(
         first = stop
 
 
-def _ordered(
-    order: Int64s, indptr: Int64s, rows: Int64s, bits: npt.NDArray[Any]
-) -> Iterator[tuple[Int64s, npt.NDArray[Any]]]:
+def _ordered(order: Int64s, indptr: Int64s, rows: Int64s, bits: npt.NDArray[Any]) -> Iterator[Part]:
     """Yield rows and bits of all postings block by block: a latent with several blocks alone, others some together."""
     counts = np.diff(indptr)[order]
     n_large = int(np.searchsorted(-counts, -BLOCK_POSTINGS, side="left"))
@@ -154,7 +171,7 @@ def _ordered(
         first = stop
 
 
-def _in_blocks(rows: Int64s, bits: npt.NDArray[Any]) -> tuple[Int64s, npt.NDArray[Any]]:
+def _in_blocks(rows: Int64s, bits: npt.NDArray[Any]) -> Part:
     """Return one latent's postings, given by ascending row, block by block."""
     by_value = stable_order(np.iinfo(bits.dtype).max - bits)
     block = np.empty(len(rows), np.uint32)
@@ -163,7 +180,12 @@ def _in_blocks(rows: Int64s, bits: npt.NDArray[Any]) -> tuple[Int64s, npt.NDArra
     return rows[order], bits[order]
 
 
-def _check(indptr: Int64s, rows: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+def check_postings(indptr: Int64s, rows: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+    """Raise unless postings are what `encode_grouped` takes.
+
+    Raises:
+        InvalidInputError: they are not; the message says where.
+    """
     if values.dtype not in VALUE_DTYPES.values() or rows.dtype != np.int64 or rows.shape != values.shape:
         found = f"{rows.dtype} {rows.shape} and {values.dtype} {values.shape}"
         raise _bad(f"rows and values must be int64 and float16 or float32, and equally long, got {found}")

@@ -1,6 +1,7 @@
 """How are some rows of a unit's stored codes read? Only the pages they lie in, each checked (FORMAT.md, section 8.2)."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.log.values import StoredObject
-from actstore.sparse.parts import ObjectParts, checked_entry, frozen
+from actstore.sparse.parts import ObjectParts, checked_entry, frozen, promised
 from actstore.sparse.rows import SparseRows
 from actstore.sparse.unit_format import UnitDirectory, decode_norms, decode_page, parse_directory
 from actstore.storage.base import Storage
@@ -17,19 +18,31 @@ from actstore.storage.base import Storage
 class UnitCodes:
     """The stored codes of one unit; safe for use from many threads, pickles. Row k is the unit's k-th stored row."""
 
-    def __init__(self, storage: Storage, obj: StoredObject, meta: Any) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        obj: StoredObject,
+        meta: Any,
+        *,
+        n_rows: int | None = None,
+        n_latents: int | None = None,
+    ) -> None:
         """Take an object; reads nothing yet.
 
         Args:
             storage: Where it is.
             obj: As the manifest promises it.
             meta: What `encode_unit` returned with it.
+            n_rows: Rows of the unit, as the manifest has them; an object of others is damaged. None if that is not known.
+            n_latents: Latents of the dictionary, the same.
 
         Raises:
             FormatError: `meta` is something else, or of a newer format.
         """
         self.key = obj.key
         self._parts = ObjectParts(storage, obj, checked_entry(obj, meta))
+        latents = None if n_latents is None else range(n_latents)
+        self._parse = partial(parse_directory, told=promised(obj, meta, n_rows=n_rows, latents=latents))
 
     @property
     def n_rows(self) -> int:
@@ -118,7 +131,7 @@ class UnitCodes:
 
     @property
     def _directory(self) -> UnitDirectory:
-        return self._parts.directory(parse_directory)
+        return self._parts.directory(self._parse)
 
     def _none(self, n_rows: int) -> SparseRows:
         return SparseRows.empty(n_rows, self._directory.n_latents, self._directory.value_dtype)

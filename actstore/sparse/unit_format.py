@@ -16,8 +16,8 @@ import numpy.typing as npt
 from actstore.codec.crc import crc32c
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.sparse.ints import bits_of, damaged_ints, pack_ints, pack_values, unpack_ints, unpack_values
-from actstore.sparse.parts import DirectoryRef, PageTable, page_table
-from actstore.sparse.rows import VALUE_DTYPES, SparseRows, check_n_latents, indptr_of
+from actstore.sparse.parts import DirectoryRef, PageTable, Promised, page_table
+from actstore.sparse.rows import MAX_LATENTS, VALUE_DTYPES, SparseRows, check_n_latents, indptr_of
 
 MAGIC: Final = b"ACTCODE1"
 
@@ -119,8 +119,8 @@ def encode_unit(
     return body + tail, {"format": 1, "nnz": rows.nnz, "directory": ref.to_json()}
 
 
-def parse_directory(data: bytes) -> tuple[UnitDirectory, int]:
-    """Return what a directory says, and its size in memory.
+def parse_directory(data: bytes, *, told: Promised) -> tuple[UnitDirectory, int]:
+    """Return what a directory says, and its size in memory, which what the manifest told bounds.
 
     Raises:
         FormatError: it says nothing that `encode_unit` writes; without the name of the object.
@@ -129,6 +129,13 @@ def parse_directory(data: bytes) -> tuple[UnitDirectory, int]:
         n_rows, nnz, n_latents, n_pages, n_firing, value_bytes, has_norms = _HEADER.unpack_from(data)
         pages = np.frombuffer(data, _PAGE_ENTRY, n_pages, _HEADER.size)
         offset = _HEADER.size + pages.nbytes
+        is_known = told.n_rows in (None, n_rows) and told.latents in (None, range(n_latents))
+        if nnz != told.nnz or not is_known or not 0 < n_latents <= MAX_LATENTS:
+            raise damaged_ints(
+                f"{nnz} codes of {n_rows} rows and {n_latents} latents; the manifest has {told}"
+            )
+        if n_firing > min(nnz, n_latents):
+            raise damaged_ints(f"{n_firing} latents fire, with {nnz} codes of {n_latents} latents")
         nbytes, crcs = pages["nbytes"].astype(np.int64), pages["crc"].astype(np.uint32)
         if has_norms:
             norms_nbytes, norms_crc = _NORMS.unpack_from(data, offset)
@@ -143,6 +150,18 @@ def parse_directory(data: bytes) -> tuple[UnitDirectory, int]:
     n_codes = pages["codes"].astype(np.int64)
     if first_rows[-1] != n_rows or n_codes.sum() != nnz:
         raise damaged_ints(f"pages of {first_rows[-1]} rows where there should be {n_rows}")
+    latents = np.cumsum(gaps, dtype=np.uint64)
+    if n_firing and (not gaps[1:].all() or int(latents[-1]) >= n_latents):
+        raise damaged_ints(
+            f"latents that fire do not ascend, or latent {latents[-1]} where there are {n_latents}"
+        )
+    if (n_firing and int(counts.max()) >= n_rows) or int(counts.sum()) + n_firing != nnz:
+        raise damaged_ints(f"its latents do not fire {nnz} times on {n_rows} rows")
+    table = page_table(nbytes, crcs, len(MAGIC))
+    if table.offsets[-1] != told.pages_end:
+        raise damaged_ints(
+            f"its pages end at byte {table.offsets[-1]}, its directory begins at {told.pages_end}"
+        )
     directory = UnitDirectory(
         n_rows=n_rows,
         nnz=nnz,
@@ -150,9 +169,9 @@ def parse_directory(data: bytes) -> tuple[UnitDirectory, int]:
         value_dtype=dtype,
         first_rows=first_rows,
         n_codes=n_codes,
-        table=page_table(nbytes, crcs, len(MAGIC)),
+        table=table,
         has_norms=bool(has_norms),
-        latents=np.cumsum(gaps, dtype=np.uint32),
+        latents=latents.astype(np.uint32),
         counts=counts.astype(np.int64) + 1,
     )
     return directory, directory.nbytes

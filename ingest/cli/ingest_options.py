@@ -36,6 +36,7 @@ HELP = {
     "dictionary": "with codes: dictionaries in the store, one or more of each hook point",
     "codes_dtype": "stored type of codes",
     "pool_top_m": "latents whose codes are kept of each document",
+    "postings_memory_mb": "MiB for building the codes' postings",
     "sample": "share of the token rows that is stored",
     "seed": "of what is drawn: sampled rows, documents checked",
     "covariance": "keep each hook point's full covariance",

@@ -78,8 +78,8 @@ class _Block:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _TokenRuns:
-    """The postings of a block by latent and token: one entry for each pair that occurs, in that order."""
+class TokenRuns:
+    """Some postings by latent and token: one entry for each pair that occurs, in that order."""
 
     owners: Int64s
     tokens: npt.NDArray[np.int32]
@@ -106,27 +106,53 @@ def latent_statistics(
         decoder_norms: L2 norm of each latent's row of the decoder, shape (n,).
         block_postings: Postings worked on at once; the answer does not depend on it.
     """
-    names = [name for name in LATENT_STATS_SCHEMA.names if name not in ("promoted", "suppressed")]
-    schema = pa.schema([LATENT_STATS_SCHEMA.field(name) for name in names])
     token_bits = max(1, int(postings.token_ids.max(initial=0)).bit_length())
     most = 1 << min(20, 64 - token_bits - postings.values.itemsize * 8)
-    tables = [schema.empty_table()]
+    tables = [statistics_schema().empty_table()]
     for start, stop in _plan_blocks(postings.indptr, block_postings, most):
-        columns = _block_columns(postings, start, stop, token_bits)
-        n_tokens = np.diff(postings.indptr[start : stop + 1])
-        density = n_tokens / max(1, n_rows)
-        columns |= {
-            "latent": np.arange(start, stop, dtype=np.int32) + np.int32(postings.first_latent),
-            "n_tokens": n_tokens,
-            "n_docs": postings.n_docs[start:stop],
-            "density": density,
-            "doc_density": postings.n_docs[start:stop] / max(1, n_documents),
-            "decoder_norm": decoder_norms[start:stop].astype(np.float64),
-            "is_dead": n_tokens == 0,
-            "is_ultra_dense": density > ULTRA_DENSE,
-        }
-        tables.append(pa.table({name: columns[name] for name in names}, schema=schema))
+        tables.append(
+            statistics_table(
+                _block_columns(postings, start, stop, token_bits),
+                first_latent=postings.first_latent + start,
+                n_tokens=np.diff(postings.indptr[start : stop + 1]),
+                n_docs=postings.n_docs[start:stop],
+                n_rows=n_rows,
+                n_documents=n_documents,
+                decoder_norms=decoder_norms[start:stop],
+            )
+        )
     return pa.concat_tables(tables)
+
+
+def statistics_schema() -> pa.Schema:
+    """Return `LATENT_STATS_SCHEMA` without `promoted` and `suppressed`."""
+    return pa.schema([field for field in LATENT_STATS_SCHEMA if field.name not in ("promoted", "suppressed")])
+
+
+def statistics_table(
+    columns: dict[str, Any],
+    *,
+    first_latent: int,
+    n_tokens: Int64s,
+    n_docs: Int64s,
+    n_rows: int,
+    n_documents: int,
+    decoder_norms: npt.NDArray[np.floating[Any]],
+) -> pa.Table:
+    """Return the statistics of latents that follow each other: columns made of their postings, and those made of counts."""
+    density = n_tokens / max(1, n_rows)
+    columns = columns | {
+        "latent": np.arange(first_latent, first_latent + len(n_tokens), dtype=np.int32),
+        "n_tokens": n_tokens,
+        "n_docs": n_docs,
+        "density": density,
+        "doc_density": n_docs / max(1, n_documents),
+        "decoder_norm": decoder_norms.astype(np.float64),
+        "is_dead": n_tokens == 0,
+        "is_ultra_dense": density > ULTRA_DENSE,
+    }
+    schema = statistics_schema()
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
 def _plan_blocks(indptr: Int64s, most_postings: int, most_latents: int) -> Iterator[tuple[int, int]]:
@@ -159,7 +185,7 @@ def _block_columns(postings: RangePostings, start: int, stop: int, token_bits: i
     runs = _token_runs(block, by_value[block.starts + block.lengths // 2] if len(alive) else by_value)
     return {
         **_value_columns(block, by_value, alive, n),
-        **_token_columns(runs, alive, n),
+        **token_columns(runs, alive, n),
     }
 
 
@@ -193,8 +219,8 @@ def _value_columns(block: _Block, by_value: Bits, alive: Int64s, n: int) -> dict
         "sum": total,
         "max_row": pa.array(max_row, mask=dead),
         "quantiles": _quantile_lists(values, starts, lengths, dead),
-        "hist_bins": _lists(pa.array(bins), n_bins, alive, n),
-        "hist_counts": _lists(pa.array(counts), n_bins, alive, n),
+        "hist_bins": lists_of(pa.array(bins), n_bins, alive, n),
+        "hist_counts": lists_of(pa.array(counts), n_bins, alive, n),
     }
 
 
@@ -204,6 +230,13 @@ def _first_rows_of(block: _Block, largest: Bits) -> Int64s:
     at = np.flatnonzero(block.bits == largest[owners])
     _, first = np.unique(owners[at], return_index=True)
     return block.rows[at[first]]
+
+
+def quantile_places(q: float, lengths: Int64s) -> tuple[Int64s, Int64s, Float64s]:
+    """Return between which two of so many ascending values a quantile lies, and which part of the way from the first."""
+    position = q * (lengths - 1)
+    lower = np.floor(position).astype(np.int64)
+    return lower, np.minimum(lower + 1, lengths - 1), position - lower
 
 
 def _quantile_lists(
@@ -216,11 +249,9 @@ def _quantile_lists(
     """
     columns = np.zeros((len(lengths), len(QUANTILES)))
     for column, q in enumerate(QUANTILES):
-        position = q * (lengths - 1)
-        lower = np.floor(position).astype(np.int64)
-        low = values[starts + lower]
-        high = values[starts + np.minimum(lower + 1, lengths - 1)]
-        columns[:, column] = low + (position - lower) * (high - low)
+        lower, upper, part = quantile_places(q, lengths)
+        low, high = values[starts + lower], values[starts + upper]
+        columns[:, column] = low + part * (high - low)
     offsets = np.concatenate([[0], np.cumsum(~dead)]).astype(np.int32) * np.int32(len(QUANTILES))
     flat = pa.array(columns.astype(np.float32).ravel())
     field = LATENT_STATS_SCHEMA.field("quantiles")
@@ -236,7 +267,7 @@ def _histograms(by_value: Bits, lengths: Int64s) -> tuple[npt.NDArray[np.int32],
     return bins[first].astype(np.int32), counts, np.bincount(owners[first], minlength=len(lengths))
 
 
-def _token_runs(block: _Block, medians: Bits) -> _TokenRuns:
+def _token_runs(block: _Block, medians: Bits) -> TokenRuns:
     """Return the postings by latent and token; `medians` are the bits of each latent's upper median."""
     value_bits, token_bits = np.uint64(block.value_bits), np.uint64(block.token_bits)
     owners = np.arange(len(block.lengths), dtype=np.uint64) << (value_bits + token_bits)
@@ -253,7 +284,7 @@ def _token_runs(block: _Block, medians: Bits) -> _TokenRuns:
     del keys
     totals = np.add.reduceat(_to_float64(bits), first) if len(first) else np.zeros(0)
     n_strong = np.add.reduceat(strong, first, dtype=np.int64) if len(first) else np.zeros(0, np.int64)
-    return _TokenRuns(
+    return TokenRuns(
         owners=(pairs >> token_bits).astype(np.int64),
         tokens=(pairs & ((np.uint64(1) << token_bits) - np.uint64(1))).astype(np.int32),
         counts=counts,
@@ -262,7 +293,8 @@ def _token_runs(block: _Block, medians: Bits) -> _TokenRuns:
     )
 
 
-def _token_columns(runs: _TokenRuns, alive: Int64s, n: int) -> dict[str, Any]:
+def token_columns(runs: TokenRuns, alive: Int64s, n: int) -> dict[str, Any]:
+    """Return the columns of n latents that are made of their tokens; owners of runs count those that fire, `alive`."""
     n_alive = len(alive)
     starts = np.searchsorted(runs.owners, np.arange(n_alive))
     score = np.zeros(n)
@@ -289,7 +321,7 @@ def _token_columns(runs: _TokenRuns, alive: Int64s, n: int) -> dict[str, Any]:
     }
 
 
-def _top(runs: _TokenRuns, candidates: Int64s, levels: Sequence[Uint64s], n_owners: int) -> Int64s:
+def _top(runs: TokenRuns, candidates: Int64s, levels: Sequence[Uint64s], n_owners: int) -> Int64s:
     """Return which of the candidates, ascending, are among the `TOP_TOKENS` first of their latent, in no order.
 
     Args:
@@ -321,15 +353,15 @@ def _top(runs: _TokenRuns, candidates: Int64s, levels: Sequence[Uint64s], n_owne
     return np.concatenate(chosen)
 
 
-def _token_lists(runs: _TokenRuns, picked: Int64s, alive: Int64s, n: int) -> pa.Array:
+def _token_lists(runs: TokenRuns, picked: Int64s, alive: Int64s, n: int) -> pa.Array:
     kind = LATENT_STATS_SCHEMA.field("top_tokens_by_count").type.value_type
     columns: list[npt.NDArray[Any]] = [runs.tokens, runs.counts, runs.means]
     arrays = [pa.array(column[picked], field.type) for column, field in zip(columns, kind, strict=True)]
     flat = pa.StructArray.from_arrays(arrays, fields=list(kind))
-    return _lists(flat, np.bincount(runs.owners[picked], minlength=len(alive)), alive, n)
+    return lists_of(flat, np.bincount(runs.owners[picked], minlength=len(alive)), alive, n)
 
 
-def _lists(flat: pa.Array, lengths: Int64s, alive: Int64s, n: int) -> pa.Array:
+def lists_of(flat: pa.Array, lengths: Int64s, alive: Int64s, n: int) -> pa.Array:
     """Return n lists: of the latents `alive` as long as `lengths` says, of the others empty."""
     all_lengths = np.zeros(n, np.int64)
     all_lengths[alive] = lengths

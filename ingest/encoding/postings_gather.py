@@ -6,7 +6,7 @@ is sorted by latent, and its postings go where those of the pages before end.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -156,6 +156,23 @@ def gather_postings(
         FormatError: an object is missing or damaged, or the counts are not those of the codes.
     """
     gatherer = PostingsGatherer(start, counts, VALUE_DTYPES[codes.value_dtype])
+    n_documents = gather_codes(codes, gatherer, check=check)
+    return gatherer.finish(), n_documents
+
+
+class TakesCodes(Protocol):
+    """What is given all codes of a run: `PostingsGatherer`, `LargeLatent`."""
+
+    def add(self, page: SparseRows, first: int, tokens: UnitTokens) -> None:
+        """Take the codes of some rows that follow all rows before."""
+
+
+def gather_codes(codes: "Codes", gatherer: TakesCodes, *, check: Callable[[], None] = lambda: None) -> int:
+    """Give a gatherer all codes of the run, in the order of rows, and return how many documents have rows.
+
+    Raises:
+        FormatError: an object is missing or damaged.
+    """
     n_documents, last_doc = 0, -1
     for unit in sorted(codes.collection.units):
         if not codes.collection.units[unit].rows:
@@ -166,4 +183,4 @@ def gather_postings(
         for first, page in codes.unit(unit).scan():
             check()
             gatherer.add(page, first, tokens)
-    return gatherer.finish(), n_documents
+    return n_documents

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +32,17 @@ from actstore.sparse.segment_grouped import encode_grouped
 from actstore.storage import write_new
 from actstore.store import Store
 
+from .large_latent import LargeLatent
 from .latent_stats import RangePostings, latent_statistics
-from .postings_gather import gather_postings
-from .postings_plan import DEFAULT_MEMORY_BYTES, plan_ranges, ranges_bytes
+from .postings_gather import gather_codes, gather_postings
+from .postings_plan import DEFAULT_MEMORY_BYTES, is_large, plan_ranges, ranges_bytes
 from .promoted import promoted_columns, promoted_ends
 from .unembedding import Unembedding, find_unembedding
 
 KIND = "postings"
+
+_Built: TypeAlias = tuple[list[bytes], dict[str, Any], pa.Table]
+"""The pieces of a range's object, what `meta` says of it, and statistics of its latents."""
 
 _WORKER_POSTINGS = 1 << 20
 """Postings below which a range is not cut further to give another worker something to do."""
@@ -81,7 +85,8 @@ def build_postings(
 ) -> PostingsReport:
     """Build the postings of complete codes and the statistics of their latents, or finish what was begun; idempotent.
 
-    Cost: all codes are read once for each `memory_bytes` that the postings take, at about 25 bytes each.
+    Cost: all codes are read once for each `memory_bytes` that the postings take, at about 25 bytes each. A latent that needs more
+    (about 62 bytes for each row it fires on) is sorted on local disk, 16 bytes a row in the system's temporary folder.
 
     Args:
         store: Moved to the newest version, before and after.
@@ -99,7 +104,8 @@ def build_postings(
 
     Raises:
         NotFoundError: no such codes.
-        InvalidInputError: the codes are not complete, or a latent alone needs more than `memory_bytes` (TOO_LARGE).
+        InvalidInputError: the codes are not complete, or the encoded postings of a latent alone, 8 bytes a row, need more than
+            `memory_bytes` (TOO_LARGE).
         ConflictError: they were begun with another `promoted`, are of other codes, or a newer job took over.
         StorageError: storage or workers failed; run the same again.
         FormatError: an object of the codes is missing or damaged.
@@ -123,8 +129,9 @@ def build_postings(
     )
     began = time.monotonic()
     outcome = run_unit_job(
-        store, kind=KIND, id=codes_id, task=PostingsTask(codes.run.id, codes.dictionary, unembedding, device),
-        pending=pending, rows_of=lambda unit: int(of_unit[unit]), ray_address=ray_address, workers=workers, device=device,
+        store, kind=KIND, id=codes_id, pending=pending,
+        task=PostingsTask(codes.run.id, codes.dictionary, unembedding, device, memory_bytes),
+        rows_of=lambda unit: int(of_unit[unit]), ray_address=ray_address, workers=workers, device=device,
         gpus_per_worker=gpus_per_worker, commit_units=1, progress=progress, notice=notice, stop=stop,
     )  # fmt: skip
     elapsed_s = time.monotonic() - began
@@ -219,6 +226,8 @@ class PostingsTask:
     dictionary: str
     unembedding: Unembedding | None
     device: str
+    memory_bytes: int
+    """Of a task; latents that need more are sorted on disk."""
 
     def open(self, store: Store) -> "PostingsWriter":
         """Return what builds one range."""
@@ -229,23 +238,31 @@ class PostingsTask:
             store.dictionary(self.dictionary),
             self.unembedding,
             self.device,
+            self.memory_bytes,
         )
 
 
 class PostingsWriter:
     """Builds and stores ranges of latents, one at a time whatever the number of threads; idempotent.
 
-    Memory: see `postings_plan.task_bytes`.
+    Memory: see `postings_plan.task_bytes` and `large_bytes`.
     """
 
     def __init__(
-        self, store: Store, codes: Codes, dictionary: Dictionary, unembedding: Unembedding | None, device: str
+        self,
+        store: Store,
+        codes: Codes,
+        dictionary: Dictionary,
+        unembedding: Unembedding | None,
+        device: str,
+        memory_bytes: int,
     ) -> None:
         self._store = store
         self._codes = codes
         self._dictionary = dictionary
         self._unembedding = unembedding
         self._device = device
+        self._memory_bytes = memory_bytes
         self._boundaries = store.state.collection(KIND, codes.id).config["boundaries"]
         self._lock = threading.Lock()
         self._stopped = False
@@ -274,18 +291,13 @@ class PostingsWriter:
         attempt = uuid.uuid4().hex
         if self._counts is None:
             self._counts = self._codes.counts()
-        postings, n_documents = gather_postings(
-            self._codes, start, self._counts[start:stop], check=self._check_stopped
-        )
-        n_postings = len(postings.rows)
-        lap("read")
-        table = self._statistics(postings, n_documents)
-        lap("statistics")
-        data, meta = encode_grouped(start, postings.indptr, postings.rows, postings.values)
-        del postings
-        lap("encode")
+        counts = self._counts[start:stop]
+        n_postings = int(counts.sum())
+        value_bytes = VALUE_DTYPES[self._codes.value_dtype].itemsize
+        large = is_large(n_postings, len(counts), memory_bytes=self._memory_bytes, value_bytes=value_bytes)
+        data, meta, table = (self._large_range if large else self._range)(start, counts, lap)
         key = f"postings/{self._codes.id}/{unit:06}-{attempt}.bin"
-        segment = write_new(self._store.storage, key, [data])
+        segment = write_new(self._store.storage, key, data)
         del data
         lap("write")
         table = self._with_promoted(table, start, stop)
@@ -306,6 +318,29 @@ class PostingsWriter:
             rows_forwarded=n_postings,
             timings_s=spent,
         )
+
+    def _range(self, start: int, counts: npt.NDArray[np.int64], lap: Callable[[str], None]) -> _Built:
+        postings, n_documents = gather_postings(self._codes, start, counts, check=self._check_stopped)
+        lap("read")
+        table = self._statistics(postings, n_documents)
+        lap("statistics")
+        data, meta = encode_grouped(start, postings.indptr, postings.rows, postings.values)
+        lap("encode")
+        return [data], meta, table
+
+    def _large_range(self, latent: int, counts: npt.NDArray[np.int64], lap: Callable[[str], None]) -> _Built:
+        """Do the same for one latent whose postings do not fit into memory."""
+        dtype = VALUE_DTYPES[self._codes.value_dtype]
+        with LargeLatent(latent, int(counts[0]), dtype) as gatherer:
+            n_documents = gather_codes(self._codes, gatherer, check=self._check_stopped)
+            lap("read")
+            built = gatherer.finish(
+                n_rows=self._codes.n_rows,
+                n_documents=n_documents,
+                decoder_norms=self._dictionary.decoder_norms()[latent : latent + 1],
+            )
+            lap("encode")
+        return built
 
     def _statistics(self, postings: RangePostings, n_documents: int) -> pa.Table:
         first = postings.first_latent

@@ -1,7 +1,8 @@
 """Which ranges of latents are built together, so that what a task holds fits into its memory?
 
 A task reads all codes of the run and keeps those of its latents, so the fewer ranges, the less is read. The counts of all
-latents are known exactly before, and with them what every range needs.
+latents are known exactly before, and with them what every range needs. A latent that alone needs more than there is has a range
+of its own, whose postings wait on local disk (`large_latent.py`).
 """
 
 from collections.abc import Callable
@@ -32,6 +33,9 @@ FIXED_BYTES: Final = 160 << 20
 """What a task holds whatever its range: encoded pages read ahead, a decoded page, a unit's tokens, a block of postings that is
 worked on; and later, when the postings are gone, logits and a part of the unembedding."""
 
+DISK_BYTES: Final = 16
+"""Of a posting of a latent that is too large for memory, in temporary files."""
+
 MAX_POSTINGS: Final = 40_000_000
 """Of a range, unless one latent has more: an object then takes about 128 MiB."""
 
@@ -49,6 +53,17 @@ def task_bytes(n_postings: int, n_latents: int, largest: int, *, value_bytes: in
     return FIXED_BYTES + n_latents * LATENT_BYTES + n_postings * of_posting + largest * LARGEST_BYTES
 
 
+def is_large(n_postings: int, n_latents: int, *, memory_bytes: int, value_bytes: int) -> bool:
+    """Return whether a range is one latent whose postings must wait on disk."""
+    needed = task_bytes(n_postings, n_latents, n_postings, value_bytes=value_bytes)
+    return n_latents == 1 and needed > memory_bytes
+
+
+def large_bytes(n_postings: int) -> int:
+    """Return the memory that a latent takes at most whose postings wait on disk: that of the encoded object."""
+    return FIXED_BYTES + LATENT_BYTES + n_postings * ENCODED_BYTES
+
+
 def plan_ranges(
     counts: Int64s, *, memory_bytes: int, value_bytes: int = 2, worker_postings: int = MAX_POSTINGS
 ) -> list[int]:
@@ -62,7 +77,7 @@ def plan_ranges(
             `MAX_POSTINGS`.
 
     Raises:
-        InvalidInputError: TOO_LARGE: a latent alone needs more memory; the message says how much.
+        InvalidInputError: TOO_LARGE: a latent's encoded postings alone need more memory; the message says how much.
 
     >>> plan_ranges(np.array([3, 1, 0, 2]), memory_bytes=1 << 30, worker_postings=4)
     [0, 3, 4]
@@ -70,7 +85,7 @@ def plan_ranges(
     n, most_postings = len(counts), min(worker_postings, MAX_POSTINGS)
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     most = int(counts.argmax())
-    if task_bytes(int(counts[most]), 1, int(counts[most]), value_bytes=value_bytes) > memory_bytes:
+    if _needed(counts[most : most + 1], value_bytes=value_bytes) > memory_bytes:
         raise _too_large(most, int(counts[most]), memory_bytes, value_bytes)
     boundaries = [0]
     while boundaries[-1] < n:
@@ -89,11 +104,14 @@ def plan_ranges(
 
 
 def ranges_bytes(counts: Int64s, boundaries: list[int], *, value_bytes: int) -> int:
-    """Return the memory that the largest of some ranges takes."""
-    return max(
-        task_bytes(int(part.sum()), len(part), int(part.max()), value_bytes=value_bytes)
-        for part in np.split(counts, boundaries[1:-1])
-    )
+    """Return the memory that the range takes which cannot do with less."""
+    return max(_needed(part, value_bytes=value_bytes) for part in np.split(counts, boundaries[1:-1]))
+
+
+def _needed(counts: Int64s, *, value_bytes: int) -> int:
+    """Return the least memory in which a range can be built."""
+    needed = task_bytes(int(counts.sum()), len(counts), int(counts.max()), value_bytes=value_bytes)
+    return min(needed, large_bytes(int(counts[0]))) if len(counts) == 1 else needed
 
 
 def _last_true(fits: Callable[[int], bool], most: int) -> int:
@@ -106,10 +124,10 @@ def _last_true(fits: Callable[[int], bool], most: int) -> int:
 
 
 def _too_large(latent: int, count: int, memory_bytes: int, value_bytes: int) -> InvalidInputError:
-    needed = task_bytes(count, 1, count, value_bytes=value_bytes)
+    needed = _needed(np.array([count]), value_bytes=value_bytes)
     return InvalidInputError(
         ErrorKind.TOO_LARGE,
-        f"latent {latent} fires on {count:,} rows, and its postings alone take {needed:,} bytes of memory to build, more "
+        f"latent {latent} fires on {count:,} rows, and its encoded postings alone take {needed:,} bytes of memory to build, more "
         f"than the {memory_bytes:,} that a task may take: give memory_bytes={needed} or more (actstore sae encode "
-        f"--postings-memory-mb {-(-needed >> 20)}, also to finish the codes of an ingest)",
+        f"--postings-memory-mb {-(-needed >> 20)}, for an ingest with the same option)",
     )

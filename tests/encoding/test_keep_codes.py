@@ -12,10 +12,10 @@ from actstore.ingest import run as run_ingest
 from actstore.ingest.committer import Committer
 from actstore.ingest.dictionaries.save import save_dictionary
 from actstore.ingest.encoding.encode import encode
-from actstore.ingest.encoding.writers import open_writers
 from actstore.ingest.local_pool import LocalPool
-from actstore.ingest.unit import UnitWriter
+from actstore.ingest.run_codes import take_over_run
 from actstore.log import fsck
+from tests.encoding.codes_host import make_writer
 from tests.encoding.encoded import naive_codes
 from tests.ingest import synthetic
 
@@ -28,10 +28,7 @@ class CodesBackend(synthetic.SyntheticBackend):
 
     def start(self, store, plan):
         self._committer = Committer(store.log, store.objects, plan)
-        made = synthetic.make_writer(store, plan, self.value)
-        tokenization = store.tokenization(plan.tokenization)
-        codes = open_writers(store, tokenization, plan.codes, device="cpu")
-        writer = UnitWriter(store.storage, tokenization, plan, made._capture, codes=codes)
+        writer = make_writer(store, plan, self.value)
 
         def run_unit(unit):
             self.fault(unit)
@@ -66,6 +63,7 @@ def made(tmp_path_factory):
     add_dictionary(store, "a", RESID)
     add_dictionary(store, "b", MLP, seed=1)
     add_dictionary(store, "huge", RESID, scale=1e5)
+    add_dictionary(store, "huge-mlp", MLP, scale=1e5)
     return url, tokenizer
 
 
@@ -206,6 +204,67 @@ def test_a_job_that_lost_its_run_can_commit_to_neither(made):
     check_together(url, "fenced")
 
 
+def test_the_last_of_jobs_that_begin_at_once_holds_all_that_they_commit_to(made):
+    """Whoever has the newest epoch of one collection has it of all; else each could shut the other out."""
+    url, _ = made
+    ingest(made, "epochs")
+    run = actstore.open(url).run("epochs").collection
+    for _ in range(4):
+        start, plans = threading.Barrier(3), []
+
+        def begin(start=start, plans=plans):
+            store = actstore.open(url)
+            codes = [store.run("epochs").codes(name).collection for name in "ab"]
+            start.wait()
+            plans.append(take_over_run(store, run, codes))
+
+        threads = [threading.Thread(target=begin) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        epochs = [(plan.epoch, *(c.epoch for c in plan.codes)) for plan in plans]
+        assert len(epochs) == 3
+        assert all(len(set(column)) == 3 for column in zip(*epochs, strict=True))
+        assert all(sorted(epochs) == sorted(epochs, key=lambda e, i=i: e[i]) for i in range(3))
+        store = actstore.open(url)
+        newest = (
+            store.run("epochs").collection.epoch,
+            *(store.run("epochs").codes(name).collection.epoch for name in "ab"),
+        )
+        assert max(epochs) == newest
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_of_two_jobs_at_once_one_ends_the_run_and_its_codes(made, attempt):
+    url, _ = made
+    ingest(made, "only")
+    start = threading.Barrier(2)
+    ended = []
+
+    class Together(CodesBackend):
+        def describe(self):
+            start.wait()
+            return super().describe()
+
+    def job():
+        try:
+            ended.append(ingest(made, f"race{attempt}", backend=Together(), commit_units=1).is_complete)
+        except ConflictError as error:
+            ended.append(error.kind)
+
+    threads = [threading.Thread(target=job) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert True in ended
+    assert set(ended) <= {True, ErrorKind.FENCED}
+    assert actstore.open(url).run(f"race{attempt}").codes("b").postings().n_postings > 0
+    check_together(url, f"race{attempt}")
+    assert units_of(url, f"a@race{attempt}") == units_of(url, "a@only")
+
+
 def _stop_after(written):
     class Stop(threading.Event):
         def is_set(self):
@@ -234,6 +293,18 @@ def test_what_is_left_behind_the_last_unit_is_done_by_the_next_job(made, monkeyp
     check_together(url, where)
 
 
+def test_postings_are_built_within_the_memory_that_is_given(made):
+    url, _ = made
+    with pytest.raises(InvalidInputError, match="--postings-memory-mb") as error:
+        ingest(made, "narrow", postings_memory_mb=1)
+    assert error.value.kind is ErrorKind.TOO_LARGE
+    store = actstore.open(url)
+    assert store.run("narrow").codes("a").is_complete
+    assert ("postings", "a@narrow") not in store.state.collections
+    assert ingest(made, "narrow", postings_memory_mb=200).is_complete
+    check_together(url, "narrow")
+
+
 def test_codes_too_large_refuse_their_unit_and_say_what_to_do(made):
     with pytest.raises(InvalidInputError, match="float32") as error:
         ingest(made, "huge", keep=("dense", "codes"), dictionary=("huge", "b"))
@@ -241,6 +312,54 @@ def test_codes_too_large_refuse_their_unit_and_say_what_to_do(made):
     assert ingest(
         made, "large", keep=("dense", "codes"), dictionary=("huge", "b"), codes_dtype="float32"
     ).is_complete
+
+
+@pytest.mark.parametrize(("huge", "other"), [("huge", "b"), ("huge-mlp", "a")])
+def test_a_unit_whose_codes_are_too_large_leaves_nothing_behind(made, huge, other):
+    url, _ = made
+    run = f"refused-{huge}"
+    with pytest.raises(InvalidInputError, match="float32") as error:
+        ingest(made, run, keep=("dense", "pooled", "codes"), dictionary=(huge, other))
+    assert error.value.kind is ErrorKind.OVERFLOW
+    store = actstore.open(url)
+    assert not store.run(run).collection.units
+    keys = list(store.storage.list(f"runs/{run}/"))
+    keys += [key for name in (huge, other) for key in store.storage.list(f"codes/{name}@{run}/")]
+    assert keys == []
+
+
+@pytest.mark.parametrize("sample", [1.0, 0.4])
+def test_codes_beside_adopted_shards_are_those_of_the_stored_rows(made, sample):
+    """An earlier attempt left shards of other rows: they stay, and what is encoded is what is stored."""
+    url, _ = made
+    run = f"adopted-{sample}"
+
+    def earlier(token_ids, width):
+        return synthetic.numbers(token_ids, width) + 3
+
+    class Dies(CodesBackend):
+        def commit(self, units):
+            raise ConflictError(ErrorKind.FENCED, "the test's earlier job commits nothing")
+
+    with pytest.raises(ConflictError):
+        ingest(made, run, keep=("dense", "codes"), sample=sample, backend=Dies(value=earlier))
+    assert not actstore.open(url).run(run).collection.units
+    assert ingest(made, run, keep=("dense", "codes"), sample=sample).is_complete
+    store = actstore.open(url)
+    for name, hook_point in (("a", RESID), ("b", MLP)):
+        acts = store.run(run).activations(hook_point)
+        rows = acts.rows()
+        stored = acts.read(rows)
+        expected = naive_codes(store.dictionary(name), stored).astype(np.float32)
+        np.testing.assert_array_equal(store.run(run).codes(name).rows(rows).to_dense(), expected)
+        if sample == 1:
+            units = [store.run(run).tokenization.unit_table(u.unit)["token_id"].to_numpy()
+                     for u in store.run(run).tokenization.units]  # fmt: skip
+            fresh = np.concatenate([synthetic.numbers(ids, POINTS[hook_point]) for ids in units])
+            is_earlier = (stored == fresh + 3).all(1)
+            assert (is_earlier | (stored == fresh).all(1)).all()
+            assert is_earlier.any()
+    check_together(url, run)
 
 
 def test_other_dictionaries_under_the_same_name_are_refused(made):
@@ -268,6 +387,9 @@ def test_what_cannot_be_is_refused_before_anything_is_made(made):
         {"dictionary": "a"},
         {"codes_dtype": "int8"},
         {"pool_top_m": 0},
+        {"postings_memory_mb": 0},
+        {"postings_memory_mb": 64.0},
+        {"keep": ("dense",), "dictionary": (), "postings_memory_mb": 64},
         {"sample": 0.5},
         {"self_check": 0.5},
     ):

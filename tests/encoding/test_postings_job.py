@@ -15,7 +15,7 @@ from actstore.ingest.encoding.encode import encode
 from actstore.ingest.encoding.latent_stats import RangePostings
 from actstore.ingest.encoding.postings_gather import PostingsGatherer, UnitTokens
 from actstore.ingest.encoding.postings_job import build_postings
-from actstore.ingest.encoding.postings_plan import plan_ranges, ranges_bytes, task_bytes
+from actstore.ingest.encoding.postings_plan import large_bytes, plan_ranges, ranges_bytes, task_bytes
 from actstore.log import fsck
 from actstore.sparse import SparseRows, encode_segment
 from actstore.sparse.segment_grouped import encode_grouped
@@ -122,21 +122,23 @@ def test_a_range_can_be_smaller_than_a_latent_and_an_object_only_so_large(monkey
     assert plan_ranges(np.zeros(5, np.int64), memory_bytes=1 << 40) == [0, 5]
 
 
-def test_ranges_fit_into_memory_and_no_two_neighbours_would():
+def test_ranges_fit_into_memory_and_no_two_neighbours_would(monkeypatch):
+    monkeypatch.setattr(postings_plan, "MAX_POSTINGS", 1 << 60)  # memory alone decides
+    limits = {"value_bytes": 4, "worker_postings": 1 << 60}
     rng = np.random.default_rng(0)
     counts = (rng.pareto(0.7, 3000) * 1000).astype(np.int64)
     for memory in (1 << 28, 1 << 29, 1 << 31):
         largest = int(counts.max())
-        if task_bytes(largest, 1, largest, value_bytes=4) > memory:
+        if large_bytes(largest) > memory:
             with pytest.raises(
                 InvalidInputError, match=rf"latent {counts.argmax()} fires on {largest:,}"
             ) as caught:
-                plan_ranges(counts, memory_bytes=memory, value_bytes=4)
+                plan_ranges(counts, memory_bytes=memory, **limits)
             assert caught.value.kind is ErrorKind.TOO_LARGE
             needed = int(str(caught.value).split("memory_bytes=")[1].split(" ")[0])
-            assert len(plan_ranges(counts, memory_bytes=needed, value_bytes=4)) > 1
+            assert len(plan_ranges(counts, memory_bytes=needed, **limits)) > 1
             continue
-        bounds = plan_ranges(counts, memory_bytes=memory, value_bytes=4)
+        bounds = plan_ranges(counts, memory_bytes=memory, **limits)
         assert bounds[0] == 0
         assert bounds[-1] == 3000
         assert ranges_bytes(counts, bounds, value_bytes=4) <= memory

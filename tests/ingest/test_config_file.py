@@ -108,6 +108,7 @@ def configs(draw):
         values["dictionary"] = draw(st.lists(NAME, min_size=1, max_size=3, unique=True))
         values["codes_dtype"] = draw(st.sampled_from(CODE_DTYPES))
         values["pool_top_m"] = draw(st.integers(1, 1 << 20))
+        values["postings_memory_mb"] = draw(st.integers(1, 1 << 30))
     return IngestConfig(**values).check()
 
 

@@ -311,6 +311,10 @@ def test_latents_that_a_faulty_writer_stored(storage):
     header = data.index((10).to_bytes(8, "little"))
     data = data[:header] + (9).to_bytes(8, "little") + data[header + 8 :]
     start = header - 16
-    meta = {"format": 1, "directory": [start, len(data) - start, hashlib.sha256(data[start:]).hexdigest()]}
+    meta = {
+        "format": 1,
+        "nnz": 1,
+        "directory": [start, len(data) - start, hashlib.sha256(data[start:]).hexdigest()],
+    }
     with pytest.raises(FormatError, match="latent 9"):
         read_all(UnitCodes(storage, storage.put("k", data), meta))
