@@ -7,13 +7,14 @@ A unit's documents are in its own tables. Those that are spread over several uni
 all when the run is complete, by the reader before that.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore.codec.cache import BytesCache
 from actstore.errors import ErrorKind, FormatError
 from actstore.log.values import Collection, StoredObject, Unit
 from actstore.objects import ObjectReader
@@ -31,6 +32,12 @@ Int64Array = npt.NDArray[np.int64]
 
 _MERGE_DOCUMENTS = 256
 """Documents merged from pieces that a scan gives out together."""
+
+_CACHE_BYTES = 256 << 20
+
+_CACHE: "BytesCache[PooledVectors]" = BytesCache(_CACHE_BYTES)
+"""Decoded vectors, by the hash of their object: of hook points that take no more than half of this altogether, and of documents
+that were asked for by number. Decoding takes ten times as long as comparing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,23 +103,25 @@ class Pooled:
         live = self._collection.units
         return whole + sum(all(u in live for u in spans) for _, spans in spanning_documents(self._units))
 
-    def scan(self, *, include_empty: bool = False) -> Iterator[PooledVectors]:
+    def scan(self, *, include_empty: bool = False, docs: Int64Array | None = None) -> Iterator[PooledVectors]:
         """Yield the documents in ascending order, about a unit's at a time.
 
         A document is there once all units that it lies in are stored. Reads each unit's object once, only this vector's columns,
-        and holds one.
+        and holds one; what is read of few documents is kept for the next time, 256 MiB in the process. Arrays may be read-only.
 
         Args:
             include_empty: Also give documents without a pooled token, with NaN for a vector; they are left out otherwise.
+            docs: Only these documents, ascending and each once; units that hold none of them are not read. All if None.
 
         Raises:
             FormatError: an object is missing or damaged.
         """
-        spanning = self._spanning()
+        units, groups = self._plan(docs)
+        spanning = (part for part in map(_those(docs), self._spanning(groups, docs)) if len(part))
         waiting = next(spanning, None)
-        for number in sorted(self._collection.units):
+        for number in units:
             for obj in pooled_objects(self._collection, self._collection.units[number].objects):
-                found = self._read(obj)
+                found = _those(docs)(self._read(obj, docs))
                 while waiting is not None and len(found) and waiting.doc_ids[0] < found.doc_ids[0]:
                     # Documents that lie in several units are never among those of one: the stretches do not interleave.
                     before = int(np.searchsorted(waiting.doc_ids, found.doc_ids[0]))
@@ -135,15 +144,58 @@ class Pooled:
             at = end
         return PooledVectors(doc_ids[:at], n_tokens[:at], vectors[:at])
 
-    def _spanning(self) -> Iterator[PooledVectors]:
-        """Yield the documents that lie in several units, some at a time."""
-        seal = self._collection.seal
-        if seal is not None:
-            for obj in pooled_objects(self._collection, seal.objects):
-                yield self._read(obj)
+    def documents(self, doc_ids: Sequence[int] | Int64Array) -> PooledVectors:
+        """Return those of some documents that are there with a vector, by ascending number, each once.
+
+        Reads the objects that hold them; see `scan`.
+        """
+        parts = list(self.scan(docs=np.unique(np.asarray(doc_ids, np.int64))))
+        nothing = PooledVectors(
+            np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, self.d_model), np.float32)
+        )
+        return PooledVectors(
+            np.concatenate([part.doc_ids for part in (nothing, *parts)]),
+            np.concatenate([part.n_tokens for part in (nothing, *parts)]),
+            np.concatenate([part.vectors for part in (nothing, *parts)]),
+        )
+
+    def objects(self, docs: Int64Array | None = None) -> list[StoredObject]:
+        """Return the stored objects that `scan` reads for these documents, all if None."""
+        units, groups = self._plan(docs)
+        found = [
+            o for u in units for o in pooled_objects(self._collection, self._collection.units[u].objects)
+        ]
+        if self._collection.seal is not None:
+            return found + (pooled_objects(self._collection, self._collection.seal.objects) if groups else [])
+        pieces = {u.unit for group in groups for u in group} & self._collection.units.keys()
+        live = (self._collection.units[u].objects for u in sorted(pieces))
+        return found + [o for objects in live for o in pooled_objects(self._collection, objects, pieces=True)]
+
+    def _plan(self, docs: Int64Array | None) -> tuple[list[int], list[Sequence[Unit]]]:
+        """Return the stored units to read, ascending, and stretches of units that wanted documents lie in, several each."""
+        if docs is None:
+            return sorted(self._collection.units), [self._units]
+        firsts = np.array([int(unit.meta["first_doc"]) for unit in self._units], np.int64)
+        lasts = np.array([int(unit.meta["last_doc"]) for unit in self._units], np.int64)
+        # The units of a document are those that end with it or later and begin with it or earlier.
+        low, high = np.searchsorted(lasts, docs), np.searchsorted(firsts, docs, side="right")
+        units = [self._units[i].unit for i in np.unique(low[high - low == 1]).tolist()]
+        several = np.unique(np.stack([low, high])[:, high - low > 1], axis=1).T.tolist()
+        return [u for u in units if u in self._collection.units], [self._units[a:b] for a, b in several]
+
+    def _spanning(self, groups: Sequence[Sequence[Unit]], docs: Int64Array | None) -> Iterator[PooledVectors]:
+        """Yield the documents that lie in several units, some at a time; when the run is not complete those of `groups`."""
+        if self._collection.seal is not None:
+            for obj in pooled_objects(self._collection, self._collection.seal.objects) if groups else ():
+                yield self._read(obj, docs)
             return
+        for units in groups:
+            yield from self._merged(units)
+
+    def _merged(self, units: Sequence[Unit]) -> Iterator[PooledVectors]:
+        """Yield the documents that lie in several of some units, merged from their pieces, some at a time."""
         doc_ids, sums = list[int](), list[PooledSums]()
-        merged = merge_pieces(self._objects, self._collection, self._units, [self.hook_point], [self.pooling])
+        merged = merge_pieces(self._objects, self._collection, units, [self.hook_point], [self.pooling])
         for doc_id, pieces in merged:
             doc_ids.append(doc_id)
             sums.append(pieces[self.hook_point])
@@ -162,7 +214,22 @@ class Pooled:
             np.array(doc_ids, np.int64), np.array([one.n_tokens for one in sums], np.int64), vectors
         )
 
-    def _read(self, obj: StoredObject) -> PooledVectors:
+    def _read(self, obj: StoredObject, docs: Int64Array | None) -> PooledVectors:
+        """Return the documents of an object, kept for the next time if they are few or `docs` were asked for."""
+        if docs is None and 4 * self.n_documents * self.d_model > _CACHE_BYTES // 2:
+            return self._load(obj)
+
+        def load() -> tuple[PooledVectors, int]:
+            part = self._load(obj)
+            for array in (part.doc_ids, part.n_tokens, part.vectors):
+                array.setflags(write=False)
+            return part, part.doc_ids.nbytes + part.n_tokens.nbytes + part.vectors.nbytes
+
+        # That it is missing or damaged by now is told, although it may not be decoded again.
+        self._objects.file(obj)
+        return _CACHE.get(f"{obj.sha256}:{self.hook_point}:{self.pooling}", load)
+
+    def _load(self, obj: StoredObject) -> PooledVectors:
         names = ["n_tokens", self.pooling]
         table = read_columns(
             self._objects, obj, ["doc_id", *(pooled_column(self.hook_point, n) for n in names)]
@@ -235,6 +302,19 @@ def merge_pieces(
 
 def _cut(part: PooledVectors, start: int, stop: int) -> PooledVectors:
     return PooledVectors(part.doc_ids[start:stop], part.n_tokens[start:stop], part.vectors[start:stop])
+
+
+def _those(docs: Int64Array | None) -> Callable[[PooledVectors], PooledVectors]:
+    """Return what leaves of a part the documents that are wanted."""
+    if docs is None:
+        return lambda part: part
+    wanted = docs
+
+    def pick(part: PooledVectors) -> PooledVectors:
+        some = np.isin(part.doc_ids, wanted, assume_unique=True)
+        return PooledVectors(part.doc_ids[some], part.n_tokens[some], part.vectors[some])
+
+    return pick
 
 
 def _given(part: PooledVectors, *, include_empty: bool) -> Iterator[PooledVectors]:

@@ -185,7 +185,7 @@ class Document:
 
 
 def document(doc_id: int) -> Document:
-    """Return the subject that is a whole document, for `run.active(document(7), "sae")`.
+    """Return the subject that is a whole document: of `run.active(..., "sae")`, or the query of `run.nearest(hook_point, ...)`.
 
     Raises:
         InvalidInputError: not a whole number of 0 or more.

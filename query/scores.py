@@ -17,6 +17,9 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from actstore.row_norms import row_norms
+from actstore.transforms import Transform
+
 Float32s: TypeAlias = npt.NDArray[np.float32]
 Float64s: TypeAlias = npt.NDArray[np.float64]
 Sign = Literal["pos", "neg", "abs"]
@@ -113,6 +116,10 @@ class ProjectionScorer:
         self._neurons = dict(neurons or {})
         self.n_queries = self._products.n_queries
         self.sign = sign
+
+    def directions(self) -> Float64s:
+        """Return what rows are multiplied with, shape (q, d)."""
+        return self._products.vectors_qd
 
     def upper(self, acts_td: Float32s, norms_t: Float64s) -> Float64s:
         """Return upper bounds of the signed inner products."""
@@ -214,3 +221,27 @@ class SimilarityScorer:
             difference = acts_td.astype(np.float64) - self._products.vectors_qd[query]
             total: Float64s = (difference * difference).sum(axis=1)
         return total
+
+
+class TransformedScorer:
+    """Scores of transformed rows; the masks, and the norms that they look at, stay those of the rows as they are stored."""
+
+    def __init__(self, transform: Transform, scorer: SimilarityScorer) -> None:
+        """Take the transform, and a scorer whose queries were transformed (`query_vectors.transform_queries`)."""
+        self._transform = transform
+        self._scorer = scorer
+        self.n_queries = scorer.n_queries
+        self.metric = scorer.metric
+
+    def upper(self, acts_td: Float32s, norms_t: Float64s) -> Float64s:  # noqa: ARG002 - the protocol's
+        """Return upper bounds of the scores of the transformed rows."""
+        moved_td = self._transform.apply(acts_td)
+        return self._scorer.upper(moved_td, row_norms(moved_td)[0])
+
+    def exact(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the scores of the transformed rows; `-inf` for one that becomes zeros with cosine, or too large."""
+        return self._scorer.exact(self._transform.apply(acts_td), query)
+
+    def value(self, acts_td: Float32s, query: int) -> Float64s:
+        """Return the values of the transformed rows."""
+        return self._scorer.value(self._transform.apply(acts_td), query)

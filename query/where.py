@@ -1,17 +1,20 @@
-"""Which tokens does a user's WHERE keep? A predicate over one token and its document, evaluated a unit at a time.
+"""Which tokens, or which documents, does a user's WHERE keep? A predicate over one of them, evaluated a unit at a time.
 
-The predicate sees one flat row per token: all columns of `tokens`, then all columns of the token's document; a document's
+That of a token sees one flat row per token: all columns of `tokens`, then all columns of the token's document; a document's
 column whose name a token has too is `document_<name>`. It runs in DuckDB over one unit's tokens and only the documents and
-columns that it mentions, so memory is bounded by a unit.
+columns that it mentions, so memory is bounded by a unit. That of a document sees the document's columns under their own names.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from actstore.arrow_arrays import to_array
 from actstore.corpus import DOC_ID, Corpus
 from actstore.errors import InvalidInputError
 from actstore.tokenization import Tokenization
@@ -21,6 +24,9 @@ from .sql_gate import CHANCE_FUNCTIONS, Checked, bad_sql, check_statement, count
 
 _INPUT = "tokens"
 _MORE_COLUMNS = ("token", "tokenization", "corpus")
+
+_BATCH_DOCUMENTS = 4096
+"""Documents of which a predicate sees the columns at a time; with their text, a few megabytes."""
 
 
 def check_predicate(where: str) -> Checked:
@@ -150,10 +156,49 @@ class Predicate:
         return rows
 
 
-def _about(where: str, error: InvalidInputError) -> InvalidInputError:
+def keep_documents(where: str, corpus: Corpus, *, memory_bytes: int) -> npt.NDArray[np.bool_]:
+    """Return which documents of a corpus a predicate over their columns keeps, shape (n_documents,); an unknown is not kept.
+
+    Reads the columns that it mentions of every document, some row groups at a time.
+
+    Raises:
+        InvalidInputError: BAD_SQL: not a condition, or an unknown column (the message lists those there are).
+        FormatError: a part is missing or damaged.
+    """
+    mentioned = check_predicate(where).columns
+    stored = [n for n in corpus.columns if n == DOC_ID or "*" in mentioned or n.lower() in mentioned]
+    limits = Limits(memory_bytes=memory_bytes, max_result_bytes=1 << 30, timeout_s=None, threads=1)
+    keep = np.zeros(corpus.n_documents, np.bool_)
+    with open_locked([], {}, [], limits) as con:
+        for table in _document_tables(corpus, stored):
+            # To register a table under a name again replaces it.
+            con.register(_INPUT, table)
+            try:
+                found = run_query(con, _statement(where, DOC_ID), None, limits, hide=lambda message: message)
+            except InvalidInputError as error:
+                if "not found in FROM" not in str(error):
+                    raise _about(where, error, DOC_ID) from error
+                raise bad_sql(
+                    f"where={where!r} names a column that documents lack; there are: {', '.join(corpus.columns)}"
+                ) from error
+            keep[to_array(found[DOC_ID])] = True
+    return keep
+
+
+def _document_tables(corpus: Corpus, columns: list[str]) -> Iterator[pa.Table]:
+    """Yield columns of all documents, after a table of none: what is wrong with a predicate is told before much is read."""
+    for number, path in enumerate(corpus.part_paths()):
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if number == 0:
+                yield file.schema_arrow.empty_table().select(columns)
+            for batch in file.iter_batches(_BATCH_DOCUMENTS, columns=columns, use_threads=False):
+                yield pa.Table.from_batches([batch])
+
+
+def _about(where: str, error: InvalidInputError, wanted: str = "row") -> InvalidInputError:
     """Return the error of the statement that `where` was put into, told as one of `where` alone."""
     text, place, at = error.message.partition(" at character ")
-    offset = int(at) - _statement("").index("\n") - 1 if at.isdigit() else 0
+    offset = int(at) - _statement("", wanted).index("\n") - 1 if at.isdigit() else 0
     if place and offset >= len(where):
         text = "it ends in the middle of an expression"
     elif place:
@@ -161,6 +206,6 @@ def _about(where: str, error: InvalidInputError) -> InvalidInputError:
     return InvalidInputError(error.kind, f"where={where!r:.200} cannot be evaluated: {text}")
 
 
-def _statement(where: str) -> str:
+def _statement(where: str, wanted: str = "row") -> str:
     # The line breaks keep a comment at the end of the predicate from swallowing the bracket.
-    return f'SELECT "row" FROM {_INPUT} WHERE (\n{where}\n)'
+    return f'SELECT "{wanted}" FROM {_INPUT} WHERE (\n{where}\n)'
