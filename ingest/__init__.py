@@ -9,6 +9,10 @@ And sparse dictionaries over the activations: trained or imported, then the run 
     ingest.train_sae(store, "gpt2@news", "layers.6.resid_post", ingest.SaeTrainConfig(name="sae"))
     ingest.encode(store, "sae", "gpt2@news")
 
+And indexes for nearest neighbours and directions, which need the extra `cpu` or `gpu` (FAISS):
+
+    ingest.build_index(store, "gpt2@news", "layers.6.resid_post")
+
 Needs the extra `ingest` (torch, transformers, Ray), which are imported only when something uses them.
 """
 
@@ -18,6 +22,7 @@ from .encoding.encode import EncodeReport, encode
 from .encoding.postings_job import build_postings
 from .foreign import ImportRunReport, import_run
 from .importing import ImportReport, import_corpus
+from .indexing import IndexReport, build_index
 from .job import IngestReport
 from .job import run_ingest as run
 from .sources import SourceList
@@ -29,12 +34,14 @@ __all__ = [
     "ImportDictionaryReport",
     "ImportReport",
     "ImportRunReport",
+    "IndexReport",
     "IngestConfig",
     "IngestReport",
     "SaeTrainConfig",
     "SaeTrainReport",
     "SourceList",
     "TokenizeReport",
+    "build_index",
     "build_postings",
     "encode",
     "import_corpus",

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow as pa
 
 from actstore.errors import ErrorKind, InvalidInputError, StorageError
 
 from .sql_gate import bad_sql, first_line
+
+if TYPE_CHECKING:
+    import duckdb
 
 _BATCH_ROWS = 16_384
 
@@ -66,7 +68,7 @@ def open_locked(
     tables: Mapping[str, Any],
     views: Sequence[str],
     limits: Limits,
-) -> Iterator[duckdb.DuckDBPyConnection]:
+) -> Iterator["duckdb.DuckDBPyConnection"]:
     """Yield a connection that can read `files` and `tables` and nothing else; closes it and removes its temporary files.
 
     Args:
@@ -78,6 +80,8 @@ def open_locked(
     Raises:
         StorageError: a setting does not read back as it was set.
     """
+    import duckdb  # here and below: questions that need no SQL start sooner without it
+
     spill = tempfile.mkdtemp(prefix="actstore-sql-")
     config = {
         "python_enable_replacements": "false",
@@ -112,7 +116,7 @@ def open_locked(
         shutil.rmtree(spill, ignore_errors=True)
 
 
-def _check_locked(con: duckdb.DuckDBPyConnection) -> None:
+def _check_locked(con: "duckdb.DuckDBPyConnection") -> None:
     wanted = {
         "enable_external_access": False,
         "lock_configuration": True,
@@ -130,7 +134,7 @@ def _check_locked(con: duckdb.DuckDBPyConnection) -> None:
 
 
 def run_query(
-    con: duckdb.DuckDBPyConnection,
+    con: "duckdb.DuckDBPyConnection",
     text: str,
     params: Sequence[Any] | Mapping[str, Any] | None,
     limits: Limits,
@@ -150,6 +154,8 @@ def run_query(
         InvalidInputError: DuckDB refuses the statement (BAD_SQL), the answer or its memory is too large (TOO_LARGE), or time
             is up (TIMED_OUT).
     """
+    import duckdb
+
     late = threading.Event()
 
     def work() -> pa.Table:
@@ -174,7 +180,7 @@ def run_query(
             raise _explain(error, limits, timed_out=late.is_set(), hide=hide) from None
 
 
-def _interrupt(con: duckdb.DuckDBPyConnection, answer: "Future[pa.Table]") -> None:
+def _interrupt(con: "duckdb.DuckDBPyConnection", answer: "Future[pa.Table]") -> None:
     """Stop what runs; again and again, as an interrupt between two steps of DuckDB is lost."""
     while not answer.done():
         con.interrupt()
@@ -182,6 +188,8 @@ def _interrupt(con: duckdb.DuckDBPyConnection, answer: "Future[pa.Table]") -> No
 
 
 def _drain(reader: pa.RecordBatchReader, limits: Limits, late: threading.Event) -> pa.Table:
+    import duckdb
+
     batches, nbytes = [], 0
     for batch in reader:
         nbytes += batch.nbytes
@@ -200,6 +208,8 @@ def _drain(reader: pa.RecordBatchReader, limits: Limits, late: threading.Event) 
 def _explain(
     error: Exception, limits: Limits, *, timed_out: bool, hide: Callable[[str], str]
 ) -> InvalidInputError:
+    import duckdb
+
     text = hide(str(error))
     if (timed_out and "INTERRUPT" in text.upper()) or isinstance(error, duckdb.InterruptException):
         return InvalidInputError(

@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import duckdb
-
 from actstore.errors import ErrorKind, InvalidInputError
 
 MAX_SQL_CHARS = 200_000
@@ -102,6 +100,8 @@ def parse_statement(text: str) -> dict[str, Any]:
         raise bad_sql(f"a query must be SQL text, got {text!r}")
     if len(text) > MAX_SQL_CHARS:
         raise bad_sql(f"the query has {len(text)} characters, at most {MAX_SQL_CHARS} are accepted")
+    import duckdb
+
     with duckdb.connect(":memory:", config={"python_enable_replacements": "false", "threads": "1"}) as con:
         try:
             row = con.execute("SELECT json_serialize_sql(?::VARCHAR)", [text]).fetchall()[0]

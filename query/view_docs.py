@@ -285,6 +285,33 @@ VIEWS: dict[str, View] = {
             _column("count", "BIGINT", "tokens on which it fires"),
         ),
     ),
+    "indexes": View(
+        "indexes: what is indexed of each run's hook points, one row for every generation",
+        (
+            _column("index", "VARCHAR", "the index's name"),
+            _column("run", "VARCHAR", "the run that it is of"),
+            _column("hook_point", "VARCHAR", "where its vectors come from"),
+            _column("of", "VARCHAR", "tokens: rows of the run; documents: pooled vectors"),
+            _column("pooling", "VARCHAR", "which pooled vectors; null of tokens"),
+            _column("purpose", "VARCHAR", "nearest (neighbours) or directions"),
+            _column("kind", "VARCHAR", "flat, ivf_sq8, ivf_rabitq or scan_sq8"),
+            _column("metric", "VARCHAR", "cosine, ip or l2"),
+            _column(
+                "transform", "VARCHAR", "steps applied to rows before they are compared, with commas between"
+            ),
+            _column("first_dims", "BIGINT", "number of first dimensions that are indexed; null for all"),
+            _column("generation", "BIGINT", "number among the indexes of its hook point and purpose"),
+            _column("state", "VARCHAR", "used, superseded (a newer one has its rows) or unfinished"),
+            _column("n_rows", "BIGINT", "rows (documents) that it covers"),
+            _column("n_indexed", "BIGINT", "vectors in it"),
+            _column("n_shards", "BIGINT", "files it is cut into"),
+            _column("coverage", "DOUBLE", "share of the run's stored rows (documents) that it covers"),
+            _column("recall", "DOUBLE", "share of the 10 nearest found at the largest effort measured"),
+            _column("effort_95", "BIGINT", "least effort that finds 95 % of them; null where none does"),
+            _NBYTES,
+            _CREATED,
+        ),
+    ),
     "units": View(
         "stored units of every collection: the pieces that are written and committed whole",
         (

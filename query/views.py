@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from actstore.corpus import FIXED_COLUMNS
 from actstore.hook_points import parse_hook_point
+from actstore.index_list import list_indexes
 from actstore.log.values import Collection as StoredCollection
 from actstore.names import hook_point_folder
 from actstore.pooled_tables import pooled_column, pooled_objects
@@ -298,6 +299,7 @@ _STATE_VIEWS: dict[str, Callable[[Store], Iterable[dict[str, Any]]]] = {
     "hook_points": _hook_points,
     "corpora": _corpora,
     "tokenizations": _tokenizations,
+    "indexes": list_indexes,
     "units": _units,
     "view_columns": _view_columns,
     **CODE_STATE_VIEWS,

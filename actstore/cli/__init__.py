@@ -35,6 +35,10 @@ COMMANDS = {
         "actstore.ingest.cli.sae",
         "train or import a sparse autoencoder, encode a run with one",
     ),
+    "index": (
+        "actstore.ingest.cli.index",
+        "build or list indexes for nearest neighbours and directions",
+    ),
     "runs": ("actstore.cli.runs", "list the runs of a store"),
     "info": ("actstore.cli.info", "show one run"),
     "sql": ("actstore.query.cli.sql_", "run one SELECT over the store's views"),
@@ -43,6 +47,7 @@ COMMANDS = {
         "find the contexts that most activate a neuron, a direction or a latent",
     ),
     "nearest": ("actstore.query.cli.nearest_", "find the stored contexts nearest to a row, text or vector"),
+    "knn-lm": ("actstore.query.cli.knn_lm", "predict the next token from the nearest stored contexts"),
     "latents": ("actstore.query.cli.latents", "search a dictionary's latents by statistics and top tokens"),
     "active": ("actstore.query.cli.active", "list the latents that fire on a text, rows or a document"),
     "match": ("actstore.query.cli.match", "find contexts in which latents fire together"),

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 from actstore.errors import (
@@ -361,6 +360,8 @@ class CommitLog:
 
 @cache
 def _library_version() -> str:
+    from importlib import metadata  # here: readers do without it
+
     return metadata.version("actstore")
 
 

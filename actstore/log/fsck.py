@@ -1,4 +1,4 @@
-"""Is every byte of the store what the history promises? (FORMAT.md, section 11)
+"""Is every byte of the store what the history promises? (FORMAT.md, section 12)
 
 `fsck` trusts nothing that is derived: it reads every manifest from version 0 on, folds them without any checkpoint, and
 then looks at every promised object: its length, and with `deep` its SHA-256. It changes nothing, needs memory for one state
@@ -17,6 +17,7 @@ from actstore.log.actions import RESERVED
 from actstore.log.checkpoint import CHECKPOINTS, CheckpointKey, decode_checkpoint, parse_checkpoint_key
 from actstore.log.fold import apply
 from actstore.log.hint import HINT_KEY, Hint, decode_hint
+from actstore.log.index_invariants import broken_indexes
 from actstore.log.manifest import MANIFESTS, decode, manifest_key, parse_manifest_key, sha256_hex
 from actstore.log.state import State
 from actstore.log.tail import read_tail
@@ -103,6 +104,8 @@ def fsck(storage: Storage, *, deep: bool) -> FsckReport:
     if chain.state is not None:
         live = _live_objects(chain.state, found)
         n_objects, nbytes = len(live), sum(obj.nbytes for obj in live.values())
+        for folder, problem in broken_indexes(chain.state):
+            found.problem(ErrorKind.INVARIANT_BROKEN, folder, f"{folder}: {problem}: build the index again")
         _check_objects(storage, live.values(), deep=deep, found=found)
         _count_others(storage, live.keys(), chain.state.tombs.keys(), found)
     return FsckReport(
