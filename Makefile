@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads of BLAS and of torch fight over few cores when tests run side by side.
 TEST_ENV := OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test lint bench bench-saelens campaign typing-tree clean
+.PHONY: setup demo test lint bench bench-saelens bench-delphi bench-index campaign typing-tree clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,23 @@ bench-saelens: setup
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check sae-lens==6.54.12
 	$(BIN)/python -m tests.benchmarks.bench_saelens
+
+# Side by side with delphi. Its requirements name vllm and bitsandbytes, which caching latents never imports: what it does is listed.
+DELPHI := build/peers/delphi
+DELPHI_INSTALL := $(DELPHI)/bin/python -m pip install --quiet --disable-pip-version-check
+bench-delphi: setup
+	test -x $(DELPHI)/bin/python || $(PYTHON) -m venv $(DELPHI)
+	$(DELPHI_INSTALL) torch==2.13.0
+	$(DELPHI_INSTALL) --no-deps eai-delphi==0.1.3
+	$(DELPHI_INSTALL) transformers==5.23.0 safetensors jaxtyping simple_parsing orjson blobfile asyncer anyio faiss-cpu tqdm
+	$(BIN)/python -m tests.benchmarks.bench_delphi
+
+# Nearest neighbours beside FAISS, LanceDB and DuckDB; the first run trains a model for the activations (20 minutes).
+LANCEDB := build/peers/lancedb
+bench-index: setup
+	test -x $(LANCEDB)/bin/python || $(PYTHON) -m venv $(LANCEDB)
+	$(LANCEDB)/bin/python -m pip install --quiet --disable-pip-version-check lancedb==0.40.0 duckdb==2.0.0 numpy pyarrow
+	$(BIN)/python -m tests.benchmarks.bench_index
 
 # Long fault-injection and kill campaigns, and every slow test.
 campaign: setup

@@ -13,7 +13,7 @@ import re
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from actstore.log.values import StoredObject
 from actstore.storage import Storage, read_verified
 
 _REMEMBERED_FILES = 65_536
+
+_SMALL_BYTES = 4 << 20
+"""Objects up to this size are read once, into memory, to be checked and decoded there."""
 
 _COPY = re.compile(r"[0-9a-f]{64}|\.fetch-.+")
 """Names that copies and half-fetched ones have: nothing else in the folder is ever deleted."""
@@ -94,18 +97,40 @@ class ObjectReader:
     def table(self, obj: StoredObject, columns: Sequence[str] | None = None) -> pa.Table:
         """Return a Parquet object as an Arrow table, checked, with only `columns` read."""
         # Not pq.read_table: its dataset layer costs milliseconds for each small table.
-        with pq.ParquetFile(self.file(obj), page_checksum_verification=True) as file:
-            return file.read(columns=None if columns is None else list(columns))
+        with self.parquet(obj) as file:
+            # Threads are for large tables: for others they cost more than they save.
+            large = obj.nbytes > _SMALL_BYTES
+            return file.read(columns=None if columns is None else list(columns), use_threads=large)
 
-    def _check_file(self, path: str, obj: StoredObject) -> None:
+    @contextlib.contextmanager
+    def parquet(self, obj: StoredObject) -> Iterator[pq.ParquetFile]:
+        """Open a Parquet object, checked; its pages are compared with their checksums as they are read.
+
+        Raises:
+            FormatError: the object is missing or damaged.
+        """
+        local = self.storage.local_path(obj.key)
+        path, data = (local, self._check_file(local, obj)) if local is not None else (self.file(obj), None)
+        # Not by path: pyarrow then looks for a file system first, which costs as much as a small table.
+        source = pa.OSFile(path) if data is None else pa.BufferReader(data)
+        with source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            yield file
+
+    def _check_file(self, path: str, obj: StoredObject) -> bytes | None:
+        """Check a file, unless that was done before; a small one's bytes are returned that were read for it."""
+        data = None
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 stat = os.fstat(file.fileno())
                 identity = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, obj.sha256)
                 with self._lock:
                     if identity in self._checked:
-                        return
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                        return None
+                if stat.st_size <= _SMALL_BYTES:
+                    data = file.readall()
+                    digest = hashlib.sha256(data).hexdigest()
+                else:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError as error:
             raise FormatError(
                 ErrorKind.OBJECT_MISSING,
@@ -121,6 +146,7 @@ class ObjectReader:
             self._checked[identity] = None
             while len(self._checked) > _REMEMBERED_FILES:
                 self._checked.popitem(last=False)
+        return data
 
     def _cached_copy(self, obj: StoredObject, keep: AbstractSet[str]) -> str:
         folder = self._folder()

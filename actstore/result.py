@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow as pa
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
 
 from actstore._lazy import missing
 from actstore.save_file import save_file
-from actstore.show import SHOWN_ROWS, terminal_table, visible
-from actstore.show_html import html_details, html_page, html_table
 
+# What shows an answer is imported where it is shown: a program that only reads answers starts sooner.
 if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 PAGE_ROWS = 1000
@@ -66,6 +64,9 @@ class Meta:
 
     seed: int | None = None
     """Seed of whatever was random; None when nothing was."""
+
+    index: Mapping[str, Any] | None = None
+    """The index that the answer was found with, and what was done with it; None when no index was used."""
 
     budget: Mapping[str, Any] | None = None
     """Limits on memory, time or size that were in force."""
@@ -172,6 +173,8 @@ class Result:
         if file is None and width is None and colour is None and _show_in_notebook(self):
             return
         out = sys.stdout if file is None else file
+        from rich.console import Console
+
         console = Console(
             file=out,
             width=width or (None if out.isatty() else shutil.get_terminal_size((120, 24)).columns),
@@ -199,6 +202,8 @@ class Result:
             NotFoundError: the folder of `path` does not exist.
             StorageError: the file cannot be written.
         """
+        from actstore.show_html import html_details, html_page, html_table
+
         table = html_table(
             self.table, title=self._title(), caption=self._caption(max_rows), max_rows=max_rows
         )
@@ -207,19 +212,28 @@ class Result:
         return save_file(path, page.encode("utf-8"))
 
     def __repr__(self) -> str:
+        from rich.console import Console
+
         width = max(80, shutil.get_terminal_size((120, 24)).columns)
         console = Console(file=io.StringIO(), width=width, no_color=True, legacy_windows=False)
         console.print(self)
         assert isinstance(console.file, io.StringIO)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).rstrip()
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.text import Text
+
+        from actstore.show import SHOWN_ROWS, terminal_table, visible
+
         colour = console.color_system is not None and not console.no_color
         yield Text(visible(self._title()), style="bold")
         yield terminal_table(self.table, width=options.max_width, colour=colour)
         yield Text(visible(self._caption(SHOWN_ROWS)), style="dim")
 
     def _repr_html_(self) -> str:
+        from actstore.show import SHOWN_ROWS
+        from actstore.show_html import html_table
+
         return html_table(self.table, title=self._title(), caption=self._caption(SHOWN_ROWS))
 
     def _title(self) -> str:

@@ -200,6 +200,12 @@ class Run:
         answer: Result = module.nearest(self, hook_point, query, k, **options)
         return answer
 
+    def knn_lm(self, query: Any, k: int = 1024, **options: Any) -> "Result":
+        """Return the next tokens that the contexts nearest to a text or row vote for; see `actstore.query.knn_lm.knn_lm`."""
+        module = lazy_import("actstore.query.knn_lm", needed_for="knn_lm()", extra="query")
+        answer: Result = module.knn_lm(self, query, k, **options)
+        return answer
+
     def codes(self, dictionary: str) -> "Codes":
         """Return the stored codes of this run's rows in a dictionary, read on demand.
 

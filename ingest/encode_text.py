@@ -1,4 +1,4 @@
-"""What does a run's own model compute on a text that is not in the store?
+"""What does a run's own model compute on a text that is not in the store, and which token does it expect next?
 
 The text is tokenized as the run's corpus was and goes through the same model, at the same dtype, alone and not in a batch,
 so its activations can be compared with the stored rows. That it is the same model is checked by its fingerprint.
@@ -6,8 +6,8 @@ so its activations can be compared with the stored rows. That it is the same mod
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,10 @@ import numpy.typing as npt
 from actstore.errors import ConflictError, ErrorKind, InvalidInputError
 
 from .capture import Capturer
-from .models import LoadedModel, load_model
+from .models import LoadedModel, load_model, pick_device
+
+if TYPE_CHECKING:
+    from .training.language_model import LanguageModel
 
 
 class EncodedText(NamedTuple):
@@ -33,11 +36,25 @@ class EncodedText(NamedTuple):
 
 @dataclass(slots=True)
 class _LastModel:
-    """The model that was asked for last: asking twice does not load it twice."""
+    """The model that was asked for last: asking twice does not load it twice. One copy of its weights is kept."""
 
     lock: threading.Lock
     key: tuple[object, ...] | None = None
     loaded: LoadedModel | None = None
+    head: "LanguageModel | None" = None
+    """The same model with the head that predicts tokens, once that was asked for."""
+
+    def ask(self, key: tuple[object, ...]) -> None:
+        """Drop what was kept if it is not what `key` means: the old model goes before the new one comes, two may not fit."""
+        if self.key != key:
+            self.key, self.loaded, self.head = key, None, None
+
+    def share(self) -> None:
+        """Have both forms of the model use one copy of the weights."""
+        if self.loaded is not None and self.head is not None and self.loaded.model is not self.head.base:
+            config = self.head.base.config
+            config.use_cache = config.get_text_config().use_cache = False
+            self.loaded = replace(self.loaded, model=self.head.base, map=self.head.map)
 
 
 _LAST = _LastModel(threading.Lock())
@@ -110,6 +127,61 @@ def encode_text(
     return encoded
 
 
+def next_token_probabilities(
+    *,
+    model_source: str,
+    expected_model: Mapping[str, Any],
+    compute_dtype: str,
+    attn_implementation: str | None,
+    token_ids: npt.NDArray[np.integer[Any]],
+    device: str = "auto",
+) -> npt.NDArray[np.float64]:
+    """Return the probability that the model gives every token of its vocabulary to come next, shape (vocabulary,), float64.
+
+    The softmax of its logits behind the last of `token_ids`. The model with its head stays in memory until another is asked
+    for, in place of the one without that `encode_text` keeps. Calls from several threads take turns.
+
+    Args:
+        model_source: Folder or hub name of the model.
+        expected_model: Fingerprint of the run's model; the model found must have it.
+        compute_dtype: Dtype of the run's forward pass.
+        attn_implementation: Attention implementation of the run.
+        token_ids: The tokens so far, from the start of their window, at least one; shape (t,).
+        device: Where to compute, see `load_model`.
+
+    Raises:
+        ConflictError: CONFIG_DIFFERS: the model at `model_source` is not the run's.
+        NotFoundError: no such model.
+        InvalidInputError: its files have no head that predicts tokens, it looks ahead, or its logits are not finite.
+    """
+    import torch
+
+    from .training.language_model import load_language_model
+
+    with _LAST.lock:
+        _LAST.ask(_model_key(model_source, expected_model, compute_dtype, attn_implementation, device))
+        if _LAST.head is None:
+            _LAST.head = load_language_model(
+                model_source,
+                expected_model,
+                compute_dtype=compute_dtype,
+                attn_implementation=attn_implementation,
+                device=pick_device(device),
+            )
+            _LAST.share()
+        ids = torch.as_tensor(np.asarray(token_ids, np.int64)[None], device=_LAST.head.device)
+        with torch.inference_mode():
+            logits = _LAST.head.logits(ids)[0, -1].float().cpu()  # not every device has float64
+            probabilities: npt.NDArray[np.float64] = torch.softmax(logits.double(), dim=0).numpy()
+    if not np.isfinite(probabilities).all():
+        raise InvalidInputError(
+            ErrorKind.NON_FINITE,
+            f"the model at {model_source!r} gives logits that are not finite in {compute_dtype} for these "
+            f"{len(token_ids)} tokens: there is no distribution over the next one",
+        )
+    return probabilities
+
+
 def _tokenize(
     texts: Sequence[str],
     tokenizer_json: bytes,
@@ -165,11 +237,9 @@ def _load(
     source: str, expected: Mapping[str, Any], *, dtype: str, attn_implementation: str | None, device: str
 ) -> LoadedModel:
     """Return the model, kept from the last call if that asked for the same; the caller holds the lock."""
-    key = (source, tuple(sorted(expected.items())), dtype, attn_implementation, device)
-    if _LAST.key == key and _LAST.loaded is not None:
+    _LAST.ask(_model_key(source, expected, dtype, attn_implementation, device))
+    if _LAST.loaded is not None:
         return _LAST.loaded
-    # The old model goes before the new one comes: two may not fit.
-    _LAST.key = _LAST.loaded = None
     loaded = load_model(
         source,
         revision=expected.get("revision"),
@@ -189,5 +259,13 @@ def _load(
             f"the model at {source!r} is not the one that the run's activations come from: {'; '.join(lines)}. Put the run's"
             " model there, or make a new run",
         )
-    _LAST.key, _LAST.loaded = key, loaded
-    return loaded
+    _LAST.loaded = loaded
+    _LAST.share()
+    return _LAST.loaded
+
+
+def _model_key(
+    source: str, expected: Mapping[str, Any], dtype: str, attn_implementation: str | None, device: str
+) -> tuple[object, ...]:
+    """Return what tells one model from another."""
+    return (source, tuple(sorted(expected.items())), dtype, attn_implementation, device)

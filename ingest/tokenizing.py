@@ -36,10 +36,9 @@ from .token_encoding import (
     encode_in_worker,
     start_worker,
 )
-from .token_units import Cut, Start, TokenUnit, UnitPacker, unit_bytes
+from .token_units import Cut, Start, TokenUnit, UnitPacker, unit_bytes, vocabulary_bytes
 from .tokenization_plan import TokenizationPlan, plan_tokenization
 from .tokenizers import FastTokenizer, tokenizers_version, vocabulary_table
-from .unit import parquet_bytes
 
 UNITS_PER_COMMIT = 512
 """A crash costs the units since the last commit: at most half an hour of one core's work, for few manifests."""
@@ -270,7 +269,7 @@ def write_tokenizer(
     folder = f"tokenizations/{tokenization}"
     return (
         write_new(storage, f"{folder}/tokenizer-{attempt}.json", [tokenizer.tokenizer_json]),
-        write_new(storage, f"{folder}/vocabulary-{attempt}.parquet", [parquet_bytes(vocabulary)]),
+        write_new(storage, f"{folder}/vocabulary-{attempt}.parquet", [vocabulary_bytes(vocabulary)]),
     )
 
 

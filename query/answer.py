@@ -2,15 +2,18 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import numpy as np
 import pyarrow as pa
 
 from actstore.activations import Activations
 from actstore.checks import MAX_BYTES, check_whole
+from actstore.codec.cache import BytesCache
 from actstore.errors import ErrorKind, InvalidInputError
+from actstore.hook_points import canonical_hook_point
 from actstore.result import Meta, Result
 from actstore.run import Run
 from actstore.stats import SINK_NORM_RATIO
@@ -23,6 +26,12 @@ from .token_pattern import check_pattern
 
 DEFAULT_MEMORY_BYTES = 512 << 20
 """Bound on the buffers of one question, the answer itself not counted."""
+
+DEFAULT_RECALL = 0.95
+"""Of the true answer: what those who search approximately mostly ask for."""
+
+_READERS: BytesCache[Activations] = BytesCache(4)
+"""Counted, not weighed."""
 
 _MANY_NORMS = 0.01
 """Share of rows removed by the norm rule beyond which it has stopped being about a few sinks."""
@@ -40,6 +49,8 @@ class RowOptions:
     fold: Fold = "context"
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     regex: str | None = None
+    exclude_docs: Selection = None
+    has_next: bool = False
 
     def __post_init__(self) -> None:
         """Check the limit on memory and the pattern.
@@ -62,6 +73,8 @@ class RowOptions:
             special=self.mask_special,
             sinks=self.mask_sinks,
             regex=self.regex,
+            exclude_docs=self.exclude_docs,
+            has_next=self.has_next,
         )
 
     def echo(self) -> dict[str, Any]:
@@ -90,14 +103,37 @@ def check_choice(value: object, choices: object, *, what: str) -> None:
         )
 
 
+def check_recall(recall: float) -> float:
+    """Return the share of the true answer that an index must have been measured to find.
+
+    Raises:
+        InvalidInputError: not a number above 0 and at most 1.
+    """
+    if isinstance(recall, bool) or not isinstance(recall, int | float | np.number) or not 0 < recall <= 1:
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"recall must be a number above 0 and at most 1, got {recall!r:.80}"
+        )
+    return float(recall)
+
+
 def open_acts(run: Run, hook_point: str, memory_bytes: int) -> Activations:
     """Return the activations of a hook point with half of `memory_bytes` for their buffers.
+
+    The last four asked for are kept in the process, each with up to 80 MiB of checksums: scattered rows are then read without
+    reading those again.
 
     Raises:
         NotFoundError: the run has no such hook point.
     """
-    name = run.activations(hook_point).hook_point
-    return Activations(run.store.storage, run.collection, name, memory_bytes=max(1 << 20, memory_bytes // 2))
+    name, storage, collection = canonical_hook_point(hook_point), run.store.storage, run.collection
+    memory = max(1 << 20, memory_bytes // 2)
+
+    def load() -> tuple[Activations, int]:
+        run.activations(hook_point)  # tells which there are, where there is no such hook point
+        return Activations(storage, collection, name, memory_bytes=memory), 1
+
+    # A reader keeps the storage and the collection that it reads alive, so their identities name no others.
+    return _READERS.get(f"{id(storage)} {id(collection)} {name} {memory}", load)
 
 
 def find_rows(
@@ -109,13 +145,17 @@ def find_rows(
     k: int,
     drop_zero_rows: bool = False,
     barred: Sequence[tuple[int | None, int | None]] | None = None,
+    units: Collection[int] | None = None,
 ) -> ScanReport:
-    """Return the best `k` rows of every query among those that count; see `actstore.query.scan.scan_top_k`."""
+    """Return the best `k` rows of every query among those that count; see `actstore.query.scan.scan_top_k`.
+
+    Of all stored units, or of `units` only: the others then count for nothing.
+    """
     check_choice(options.fold, Fold, what="fold")
     block_rows = plan_block_rows(acts.shape[1], scorer.n_queries, options.memory_bytes)
     norm_limit = sink_norm_limit(run, acts.hook_point) if options.mask_sinks else math.inf
     with Eligibility(
-        run, options.masks, memory_bytes=max(64 << 20, options.memory_bytes // 4)
+        run, options.masks, memory_bytes=max(64 << 20, options.memory_bytes // 4), units=units
     ) as eligibility:
         return scan_top_k(
             acts,
@@ -173,19 +213,22 @@ def make_result(
     start: float,
     request: Mapping[str, Any],
     mask: Mapping[str, Any],
-    n_requested: int,
+    n_requested: int | None,
     n_eligible: int | None,
     bytes_read: int,
     options: RowOptions,
     warnings: Sequence[str],
     seed: int | None = None,
+    exact: bool = True,
+    recall: float | None = 1.0,
+    index: Mapping[str, Any] | None = None,
 ) -> Result:
     """Return the answer with everything that must be known about it."""
     table = pa.concat_tables(pieces)
     meta = Meta(
         version=run.store.version,
-        exact=True,
-        recall=1.0,
+        exact=exact,
+        recall=recall,
         n_requested=n_requested,
         n_returned=table.num_rows,
         n_eligible=n_eligible,
@@ -193,6 +236,7 @@ def make_result(
         request=dict(request),
         mask=dict(mask),
         seed=seed,
+        index=index,
         budget={"memory_bytes": options.memory_bytes},
         warnings=tuple(dict.fromkeys(warnings)),
         elapsed_s=time.perf_counter() - start,

@@ -2,7 +2,8 @@
 
 Masks are applied in a fixed order and a row is counted at the first that removes it: the caller's rows and documents, then
 `where`, then the pattern on the token's text, then special tokens, then attention sinks by position; and, once the activations
-are read, rows that are not finite, attention sinks by norm, and rows of zeros where a direction is asked for.
+are read, rows that are not finite, attention sinks by norm, and rows of zeros where a direction is asked for. Where only rows
+count that another token follows, those without one are removed behind the pattern.
 
 Of a run that keeps a sample of its rows, only those that it stores count at all: the others are not rows of it.
 
@@ -16,7 +17,7 @@ al. (2024), "Massive Activations in Large Language Models", arXiv:2402.17762, se
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -51,6 +52,10 @@ class Masks:
     sinks: bool
     regex: str | None = None
     """Pattern of which the token's text must hold a match."""
+    exclude_docs: Selection = None
+    """Documents to leave out."""
+    has_next: bool = False
+    """Whether only rows count whose model window goes on: another token of the same document follows."""
 
 
 @dataclass(slots=True)
@@ -95,8 +100,23 @@ class Removed:
 class Eligibility:
     """The rows of a run that pass the masks which need no activations, unit by unit. Close it after use."""
 
-    def __init__(self, run: Run, masks: Masks, *, memory_bytes: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        masks: Masks,
+        *,
+        memory_bytes: int,
+        units: Collection[int] | None = None,
+        only_masks: bool = False,
+    ) -> None:
         """Check the masks against the run; reads no unit yet.
+
+        Args:
+            run: The run asked.
+            masks: What the caller asked to leave out.
+            memory_bytes: For `where`.
+            units: Only these of the stored units; all if None.
+            only_masks: Read of tokens only what the masks need; the tables of units then have no other columns.
 
         Raises:
             InvalidInputError: `where` is not a condition over tokens and documents, `regex` no pattern, or a selection is not
@@ -105,6 +125,7 @@ class Eligibility:
         """
         self._run = run
         self._masks = masks
+        self._units = None if units is None else frozenset(units)
         self.removed = Removed()
         self._tokenization = run.tokenization
         self._kept = parse_kept(run.collection.config)
@@ -113,12 +134,16 @@ class Eligibility:
         self._docs = check_selection(
             masks.docs, self._tokenization.corpus.n_documents, name="docs", what="document"
         )
+        self._not_docs = check_selection(
+            masks.exclude_docs, self._tokenization.corpus.n_documents, name="exclude_docs", what="document"
+        )
         self._matches = None if masks.regex is None else match_tokens(masks.regex, self._tokenization)
         self._stack = ExitStack()
         self._predicate = None
         if masks.where is not None:
             predicate = Predicate(masks.where, self._tokenization, memory_bytes=memory_bytes)
             self._predicate = self._stack.enter_context(predicate)
+        self._columns = self._mask_columns() if only_masks and masks.where is None else None
 
     def __enter__(self) -> "Eligibility":
         return self
@@ -131,22 +156,26 @@ class Eligibility:
     @property
     def is_selective(self) -> bool:
         """Whether whole units may drop out before their activations are read."""
-        return self._rows is not None or self._docs is not None or self._predicate is not None
+        selections = (self._units, self._rows, self._docs, self._predicate)
+        return any(selection is not None for selection in selections)
 
     def unit(self, unit: int) -> UnitRows:
         """Return the rows of one stored unit; for a pass that is not selective."""
-        rows = self._unit_rows(unit)
+        rows = self.rows_of(unit)
         assert rows is not None, "only a selection drops a unit unread"
         return rows
 
     def units(self) -> Iterator[UnitRows]:
         """Yield every stored unit that has an eligible row, in row order; the others cost at most their token table."""
         for unit in sorted(self._run.collection.units):
-            rows = self._unit_rows(unit)
+            if self._units is not None and unit not in self._units:
+                continue
+            rows = self.rows_of(unit)
             if rows is not None and rows.keep.any():
                 yield rows
 
-    def _unit_rows(self, unit: int) -> UnitRows | None:
+    def rows_of(self, unit: int) -> UnitRows | None:
+        """Return the rows of one stored unit; None, unread, if the caller's rows leave none of it."""
         stored = self._run.collection.units[unit]
         first = unit * self._tokenization.rows_per_unit
         self.removed.n_seen += stored.rows
@@ -161,7 +190,7 @@ class Eligibility:
             keep = self.removed.apply("rows", keep, _in_range(self._rows, first, len(keep)))
             if not keep.any():
                 return None
-        table = self._tokenization.unit_table(unit)
+        table = self._tokenization.unit_table(unit, self._columns)
         if table.num_rows != len(keep):
             raise FormatError(
                 ErrorKind.INVARIANT_BROKEN,
@@ -170,16 +199,33 @@ class Eligibility:
         rows = UnitRows(unit, first, table, keep, stored.rows, tokens.objects[0].nbytes)
         if self._docs is not None:
             rows.keep = self.removed.apply("docs", rows.keep, np.isin(rows.column("doc_id"), self._docs))
+        if self._not_docs is not None:
+            others = ~np.isin(rows.column("doc_id"), self._not_docs)
+            rows.keep = self.removed.apply("exclude_docs", rows.keep, others)
         if self._predicate is not None and rows.keep.any():
             rows.keep = self.removed.apply("where", rows.keep, self._predicate.mask(table))
         if self._matches is not None:
             matching = read_matches(self._matches, rows.column("token_id"))
             rows.keep = self.removed.apply("regex", rows.keep, matching)
+        if self._masks.has_next:
+            going_on = goes_on(rows.column("doc_id"), rows.column("window_position"))
+            rows.keep = self.removed.apply("no_next_token", rows.keep, going_on)
         if self._masks.special:
             rows.keep = self.removed.apply("special", rows.keep, ~rows.column("is_special"))
         if self._masks.sinks:
             rows.keep = self.removed.apply("window_first", rows.keep, rows.column("window_position") > 0)
         return rows
+
+    def _mask_columns(self) -> list[str]:
+        """Return the columns of tokens that the masks but `where` are evaluated on; at least one."""
+        masks = self._masks
+        needed = {
+            "doc_id": self._docs is not None or self._not_docs is not None or masks.has_next,
+            "token_id": self._matches is not None,
+            "is_special": True,
+            "window_position": masks.sinks or masks.has_next,
+        }
+        return [name for name, is_needed in needed.items() if is_needed]
 
     def _stored_rows(self, unit: int, n_tokens: int) -> Bools:
         """Return which tokens of a unit the run keeps the rows of, shape (n_tokens,)."""
@@ -232,6 +278,21 @@ def _in_range(numbers: Int64s, first: int, size: int) -> Bools:
     mask = np.zeros(size, dtype=np.bool_)
     mask[inside - first] = True
     return mask
+
+
+def goes_on(doc_ids: Int64s, window_positions: npt.NDArray[np.int32]) -> Bools:
+    """Return which tokens of a unit another one follows in their model window, shape (t,).
+
+    Args:
+        doc_ids: Documents of the unit's tokens, in row order, shape (t,).
+        window_positions: Index of each in its window.
+
+    >>> goes_on(np.array([4, 4, 4, 5]), np.array([0, 1, 0, 1], np.int32)).tolist()
+    [True, False, False, False]
+    """
+    found = np.zeros(len(doc_ids), np.bool_)
+    found[:-1] = (doc_ids[1:] == doc_ids[:-1]) & (np.diff(window_positions) == 1)
+    return found
 
 
 def sink_norm_limit(run: Run, hook_point: str) -> float:

@@ -1,8 +1,10 @@
 """Which stored contexts most activate a neuron, a direction or a latent?
 
-Exact. For neurons and directions every stored row is scored: maximum inner product is not a nearest-neighbour question, so no
-cluster index helps, and a scan at the speed of the disk, shared by all targets of a hook point, is the honest answer. The rows
-on which a latent fires are known from its postings (`actstore.query.latent_examples`).
+Exact. For neurons and directions every stored row counts: maximum inner product is not a nearest-neighbour question, so no
+cluster index helps. Where the hook point has an index of kind `scan_sq8`, its compressed rows are scanned and the answer is
+proved by the stored ones (`actstore.query.direction_scan`); otherwise all stored rows are scanned, at the speed of the disk.
+Either way all targets of a hook point share the pass. The rows on which a latent fires are known from its postings
+(`actstore.query.latent_examples`).
 """
 
 import time
@@ -17,6 +19,7 @@ from actstore.errors import ErrorKind, InvalidInputError
 from actstore.result import Result
 from actstore.run import Run
 from actstore.targets import Direction, Latent, Neuron, Target
+from actstore.vector_index import open_indexes
 
 from .answer import (
     DEFAULT_MEMORY_BYTES,
@@ -29,9 +32,11 @@ from .answer import (
     report_mask,
 )
 from .bands import Bands, check_bands
-from .context import Hit, check_context, describe_hits
+from .context import check_context
+from .direction_scan import find_along
 from .eligible import Selection
 from .fold import Fold
+from .hit_contexts import Hit, describe_hits
 from .latent_examples import answer_latents
 from .scan import ScanReport, check_k
 from .scores import NeuronScorer, ProjectionScorer, Scorer, Sign
@@ -54,6 +59,7 @@ def examples(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     bands: Bands | None = None,
     regex: str | None = None,
+    use_index: bool = True,
 ) -> Result:
     """Return the tokens on which a target is most active, each with its context.
 
@@ -84,6 +90,8 @@ def examples(
             `actstore.query.bands`. Their definitions are repeated in `meta.request`, and what each held of a latent, with its
             edges, in `meta.mask`.
         regex: Only tokens whose text has a match of this pattern (RE2).
+        use_index: Use an index for directions where there is one. The rows of the answer are the same without, only later; what
+            was done is in `meta.index`, by hook point.
 
     Returns:
         Columns: target (when several were given), band (when asked for), rank (from 1, in each band), row, doc_id, position,
@@ -91,7 +99,8 @@ def examples(
         token_index, values; null where a sampled run stores no row).
 
         `meta.n_eligible` counts, for latents, the rows on which they fire and that pass the masks, all latents together; None
-        if one fires on so many rows that only the strongest were looked at.
+        if one fires on so many rows, or in so many units (more than 16, or of more than a million tokens), that only
+        the strongest were looked at.
 
     Raises:
         NotFoundError: no such hook point, row, document, dictionary or latent; or a run that was not encoded with it.
@@ -111,7 +120,7 @@ def examples(
     request |= {"before": before, "after": after, **options.echo()}
     if bands is not None:
         request |= {"k": None, "bands": bands.to_list()}
-    return _answer(run, targets, options, request, bands, several=several, start=start)
+    return _answer(run, targets, options, request, bands, several=several, use_index=use_index, start=start)
 
 
 def _answer(
@@ -122,6 +131,7 @@ def _answer(
     bands: Bands | None,
     *,
     several: bool,
+    use_index: bool,
     start: float,
 ) -> Result:
     """Find the rows, one pass for all targets of a hook point or a dictionary, and return them with their contexts."""
@@ -130,11 +140,22 @@ def _answer(
     others = {i: t for i, t in enumerate(targets) if not isinstance(t, Latent)}
     found = answer_latents(run, latents, options, bands, k=k or 0, before=before, after=after)
     tables, masks, warnings = found.tables, found.masks, found.warnings
-    bytes_read, eligible = found.bytes_read, []
+    bytes_read, eligible, used = found.bytes_read, [], dict[str, Any]()
     for hook_point, members in _by_hook_point(others).items():
         acts = open_acts(run, hook_point, options.memory_bytes)
-        scorer = _make_scorer([others[i] for i in members], acts, sign)
-        report = find_rows(run, acts, scorer, options, k=k)
+        asked = [others[i] for i in members]
+        along_all = _make_scorer(asked, acts, sign)
+        scorer: Scorer = along_all
+        indexes = open_indexes(run, hook_point, purpose="directions") if use_index else []
+        if indexes:
+            along = find_along(run, acts, along_all, options, k=k, indexes=indexes)
+            report, used[acts.hook_point] = along.report, along.index
+            warnings += along.warnings
+        else:
+            neurons = [target.index for target in asked if isinstance(target, Neuron)]
+            if len(neurons) == len(asked):  # their values are the scores: no product is needed
+                scorer = NeuronScorer(neurons, sign)
+            report = find_rows(run, acts, scorer, options, k=k)
         described = _describe(run, acts, scorer, report, before, after)
         tables.update(zip(members, described, strict=True))
         masks[acts.hook_point] = report_mask(report, options)
@@ -155,6 +176,7 @@ def _answer(
         options=options,
         warnings=warnings,
         seed=None if bands is None or len(bands.seeds) != 1 else next(iter(bands.seeds)),
+        index=used or None,
     )
 
 
@@ -241,9 +263,7 @@ def _by_hook_point(targets: Mapping[int, Neuron | Direction]) -> dict[str, list[
     return groups
 
 
-def _make_scorer(targets: Sequence[Neuron | Direction], acts: Activations, sign: Sign) -> Scorer:
-    if all(isinstance(target, Neuron) for target in targets):
-        return NeuronScorer([target.index for target in targets if isinstance(target, Neuron)], sign)
+def _make_scorer(targets: Sequence[Neuron | Direction], acts: Activations, sign: Sign) -> ProjectionScorer:
     vectors_qd = np.zeros((len(targets), acts.shape[1]))
     for vector_d, target in zip(vectors_qd, targets, strict=True):
         if isinstance(target, Neuron):

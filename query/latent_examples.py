@@ -1,8 +1,8 @@
 """Which stored contexts most activate a latent, and what do those look like on which it fires less, or not at all?
 
 Exact: a latent's postings are all rows on which it fires. Where they are few enough, all of them are masked and counted; of a
-latent that fires on many millions of rows only the strongest are looked at, until enough of them pass. Windows are cut when
-they are asked for, and every token in them carries the latent's own value.
+latent that fires on many millions of rows, or in many units, only the strongest are looked at, until enough of them pass.
+Windows are cut when they are asked for, and every token in them carries the latent's own value.
 
 Requests, tokens and texts being in the process's caches: one or two for the postings of each latent, however many rows are
 shown, and the pages of the rows' codes where the latent's list is too long to be read whole.
@@ -26,7 +26,7 @@ from actstore.targets import Latent
 from .answer import RowOptions
 from .bands import Bands, Picked, pick_rows, top
 from .eligible import Removed
-from .latent_rows import LatentRows, Values, open_latent_rows, value_order, values_at
+from .latent_rows import LatentRows, Values, open_latent_rows, value_order, values_among, values_at
 from .quiet_rows import StoredRows, draw_quiet_rows
 from .row_contexts import describe_shown, show_rows
 from .row_mask import RowMask, SinkRule, sink_rule
@@ -37,8 +37,18 @@ Float64s: TypeAlias = npt.NDArray[np.float64]
 WHOLE_ROWS = 1 << 20
 """A latent that fires on no more rows is read whole: about 3 MB."""
 
-WHOLE_TOKENS = 1 << 22
-"""All rows of a latent are masked and counted where their units hold no more tokens: what the process's cache can keep."""
+WHOLE_UNITS = 16
+"""All rows of a latent are masked and counted where they lie in no more units: a new process reads as many objects for it, which
+takes it about 6 ms on a local disk, and a request for each elsewhere."""
+
+WHOLE_TOKENS = 1 << 20
+"""And where these units hold no more tokens: 16 of the usual ones."""
+
+_SPARE_ROWS = 2
+"""Rows looked at beside those asked for: most often the masks and folding leave out none or one of the strongest."""
+
+_FEW_KEYS = 1024
+"""Keys that are told apart one by one. numpy's `unique` imports 16 ms of modules at its first call."""
 
 
 @dataclass(slots=True)
@@ -55,7 +65,7 @@ class Found:
     """Of every row; empty if none were asked for."""
 
     firing: tuple[Int64s, Values] | None
-    """All rows on which the latent fires, ascending, and its values there; None if they were not read."""
+    """All rows on which the latent fires, in any order, and its values there; None if they were not read."""
 
     n_eligible: int | None
     report: dict[str, Any] = field(default_factory=dict)
@@ -151,17 +161,20 @@ class _Search:
         """Return the rows to show of one latent."""
         n_firing = self._source.count(target.index)
         self.bytes_read += self._source.nbytes(target.index)
+        has_quiet = any(band.kind == "nonactivating" for band in self._bands.parts)
         firing = None
-        if self._bands.needs_all or n_firing <= min(WHOLE_ROWS, self._source.most_rows):
-            firing = self._source.whole(target.index)
+        is_whole = self._bands.needs_all
+        if is_whole or n_firing <= min(WHOLE_ROWS, self._source.most_rows):
+            if is_whole or has_quiet or self._is_few(len(self._codes.collection.units)):
+                firing = self._source.whole(target.index)
+            else:
+                firing = self._source.ranked(target.index)
+            is_whole |= self._is_few(int(np.count_nonzero(np.bincount(firing[0] // self._rows_per_unit))))
         removed = Removed()
-        is_whole = firing is not None and (self._bands.needs_all or self._is_few(firing[0]))
-        rows, values = (
-            self._all(firing, removed) if is_whole and firing else self._best(target, firing, removed)
-        )
+        rows, values = self._all(firing, removed) if is_whole and firing else self._best(target, removed)
         picked = pick_rows(self._bands, rows, values)
         shown = [rows[one.index] for one in picked]
-        if firing is not None and n_firing:
+        if has_quiet and firing is not None and n_firing:
             self._add_quiet(shown, firing[0])
         n_eligible = removed.n_kept if is_whole else None
         found = Found(
@@ -182,7 +195,7 @@ class _Search:
         token_rows = shown.token_rows
         exist = self._stored.exist(token_rows)
         if found.firing is not None:
-            values = values_at(*found.firing, token_rows)
+            values = values_among(*found.firing, token_rows)
         else:
             values = self._read_values(target.index, token_rows, exist)
         table = describe_shown(
@@ -192,16 +205,18 @@ class _Search:
             table = table.add_column(0, "band", from_texts(found.bands))
         return table
 
-    def _is_few(self, rows: Int64s) -> bool:
-        """Whether all rows' units are few enough to be looked at."""
-        units = rows // self._rows_per_unit
-        n_units = np.count_nonzero(np.diff(units)) + 1
-        return int(n_units) * self._rows_per_unit <= WHOLE_TOKENS
+    def _is_few(self, n_units: int) -> bool:
+        """Whether the rows of so many units are few enough to be looked at all."""
+        return n_units <= WHOLE_UNITS and n_units * self._rows_per_unit <= WHOLE_TOKENS
 
     def _all(self, firing: tuple[Int64s, Values], removed: Removed) -> tuple[Int64s, Float64s]:
         """Return all rows that count, folded, in the order of answers; or as many as the top needs."""
-        keep = self._mask.keep(firing[0], removed)
-        rows, values = firing[0][keep], firing[1][keep]
+        rows, values = firing
+        if not (rows[1:] > rows[:-1]).all():
+            ascending = np.argsort(rows)
+            rows, values = rows[ascending], values[ascending]
+        keep = self._mask.keep(rows, removed)
+        rows, values = rows[keep], values[keep]
         order = value_order(values)
         rows, values = rows[order], values[order]
         if self._fold is None:
@@ -214,31 +229,27 @@ class _Search:
 
     def _folded_prefix(self, rows: Int64s, n: int) -> Int64s:
         """Return where the first `n` rows of different keys are; all if there are no more."""
-        size = max(64, 2 * n)
+        size = n + _SPARE_ROWS
         while True:
             first = _first_of_each(self._mask.fold_keys(self._fold, rows[:size]))
             if len(first) >= n or size >= len(rows):
                 return first[:n]
-            size *= 4
+            size = _next_look(size, n, len(first))
 
-    def _best(
-        self, target: Latent, firing: tuple[Int64s, Values] | None, removed: Removed
-    ) -> tuple[Int64s, Float64s]:
+    def _best(self, target: Latent, removed: Removed) -> tuple[Int64s, Float64s]:
         """Return the best rows that count, folded, looking at no more of them than it takes."""
         n, n_firing = self._bands.n_requested, self._source.count(target.index)
-        order = None if firing is None else value_order(firing[1])
-        size = max(64, 4 * n)
+        size = n + _SPARE_ROWS
         while True:
-            if firing is None or order is None:
-                rows, values = self._source.best(target.index, size)
-            else:
-                rows, values = firing[0][order[:size]], firing[1][order[:size]]
+            rows, values = self._source.best(target.index, size)
             counted = Removed()
             ascending = np.argsort(rows)
             keep = np.empty(len(rows), np.bool_)
             keep[ascending] = self._mask.keep(rows[ascending], counted)
+            # Keys of all of them: their tokens are at hand, those of other rows would be looked up again.
+            keys = self._mask.fold_keys(self._fold, rows)[keep]
             rows, values = rows[keep], values[keep]
-            first = _first_of_each(self._mask.fold_keys(self._fold, rows))
+            first = _first_of_each(keys)
             if len(first) >= n or size >= n_firing:
                 removed.counts, removed.n_seen, removed.n_kept = (
                     counted.counts,
@@ -246,7 +257,7 @@ class _Search:
                     counted.n_kept,
                 )
                 return rows[first], values[first].astype(np.float64)
-            size *= 4
+            size = _next_look(size, n, len(first))
 
     def _add_quiet(self, shown: list[Int64s], firing: Int64s) -> None:
         """Draw the rows of the `nonactivating` bands into `shown`."""
@@ -277,7 +288,7 @@ class _Search:
 
     def _read_values(self, latent: int, token_rows: Int64s, exist: npt.NDArray[np.bool_]) -> Float64s:
         """Return a latent's value on tokens, from the codes of their rows; 0 where there is no row."""
-        rows = np.unique(token_rows[exist])
+        rows = np.array(sorted(set(token_rows[exist].tolist())), np.int64)
         codes = self._codes.rows(rows)
         mine = np.flatnonzero(codes.latents == latent)
         at = np.searchsorted(codes.indptr, mine, side="right") - 1
@@ -323,9 +334,22 @@ class _Search:
         return []
 
 
+def _next_look(size: int, n: int, n_found: int) -> int:
+    """Return how many of the strongest rows to look at for `n` that count, `size` of them having given `n_found`.
+
+    Each may need another unit's tokens: few more where few are missing, many where hardly any count.
+    """
+    return min(4 * size, size + (2 * (n - n_found) * size) // max(1, n_found) + _SPARE_ROWS)
+
+
 def _first_of_each(keys: npt.NDArray[Any]) -> Int64s:
     """Return where each key comes first, ascending."""
-    return np.sort(np.unique(keys, return_index=True)[1])
+    if len(keys) > _FEW_KEYS:
+        return np.sort(np.unique(keys, return_index=True)[1])
+    first: dict[Any, int] = {}
+    for place, key in enumerate(keys.tolist()):
+        first.setdefault(key, place)
+    return np.fromiter(first.values(), np.int64, len(first))
 
 
 def _open_codes(run: Run, dictionary: str, targets: Any) -> Codes:
@@ -334,7 +358,7 @@ def _open_codes(run: Run, dictionary: str, targets: Any) -> Codes:
     Raises:
         NotFoundError: no such dictionary, codes or latent.
     """
-    if not run.store.dictionaries():
+    if not any(kind == "dictionary" for kind, _ in run.store.state.collections):
         label = next(iter(targets)).label
         raise NotFoundError(
             ErrorKind.COLLECTION_NOT_FOUND,

@@ -53,6 +53,18 @@ class LatentRows:
         rows, values = self.postings.latent(latent)
         return rows, values
 
+    def ranked(self, latent: int) -> tuple[Int64s, Values]:
+        """Return all rows on which a latent fires, the strongest first, equal values by row, and its values there.
+
+        Of a latent that fires on many rows this is several times faster than `whole`: values are sorted in linear time.
+
+        Raises:
+            InvalidInputError: (TOO_LARGE) they take more than half of `memory_bytes`.
+        """
+        if self.postings is not None:
+            _check_room(self.count(latent), self.memory_bytes, latent)
+        return self.best(latent, self.count(latent))
+
     def nbytes(self, latent: int) -> int:
         """Return about how many stored bytes a latent's rows take."""
         if self.postings is None:
@@ -102,6 +114,20 @@ def values_at(rows: Int64s, values: Values, wanted: Int64s) -> npt.NDArray[np.fl
         there = rows[places] == wanted
         found[there] = values[places[there]]
     return found
+
+
+def values_among(rows: Int64s, values: Values, wanted: Int64s) -> npt.NDArray[np.float64]:
+    """Return what `values_at` does, of rows in any order, for few wanted ones.
+
+    >>> values_among(np.array([70, 3, 5]), np.array([4, 2, 1], np.float16), np.array([5, 4, 70, 5])).tolist()
+    [1.0, 0.0, 4.0, 1.0]
+    """
+    # Nearly all rows drop out by their lowest 16 bits; only the others are put in order.
+    is_near = np.zeros(1 << 16, np.bool_)
+    is_near[wanted.astype(np.uint16)] = True
+    near = np.flatnonzero(is_near[rows.astype(np.uint16)])
+    near = near[np.argsort(rows[near], kind="stable")]
+    return values_at(rows[near], values[near], wanted)
 
 
 def _scan(codes: Codes, latents: Sequence[int], memory_bytes: int) -> dict[int, tuple[Int64s, Values]]:

@@ -1,52 +1,58 @@
-"""Which stored tokens are nearest to a token, a text or a vector?
+"""Which stored tokens (or documents) are nearest to a token, a text, a document or a vector?
 
-Exact: every stored row is compared, in blocks of one matrix product for all queries; there is no index yet.
+Through the hook point's index if it has one of the metric asked for, with the recall that was measured for it told
+(`actstore.query.index_answer`); otherwise every stored row is compared, in blocks of one matrix product for all queries.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from actstore.activations import Activations
-from actstore.checks import is_whole
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.result import Result
 from actstore.run import Run
-from actstore.targets import MAX_VALUE, check_vectors
+from actstore.transforms import parse_steps
 
 from .answer import (
     DEFAULT_MEMORY_BYTES,
+    DEFAULT_RECALL,
     RowOptions,
     check_choice,
-    find_rows,
+    check_recall,
     make_result,
     mask_warnings,
     open_acts,
     report_mask,
 )
-from .context import Hit, check_context, describe_hits
+from .context import check_context
 from .eligible import Selection
 from .fold import Fold
+from .hit_contexts import Hit, describe_hits
+from .index_answer import IndexAnswer
+from .index_search import ShardSearcher
+from .nearest_documents import nearest_documents
+from .nearest_rows import choose_way, find_nearest
+from .query_vectors import check_fit, read_query, transform_queries
 from .scan import check_k
-from .scores import Metric, SimilarityScorer
+from .scores import Metric, Scorer, SimilarityScorer, TransformedScorer
 
-_Barred: TypeAlias = list[tuple[int | None, int | None]] | None
-"""For each query the row and the document that may not answer it."""
+Of = Literal["tokens", "documents"]
 
 
 def nearest(
     run: Run,
     hook_point: str,
-    query: int | str | npt.ArrayLike,
+    query: Any,
     k: int = 20,
     *,
     metric: Metric = "cosine",
     where: str | None = None,
     exact: bool | None = None,
+    recall: float = DEFAULT_RECALL,
+    transform: str | Sequence[str] = (),
     mask_special: bool = True,
     mask_sinks: bool = True,
     exclude_own_document: bool = False,
@@ -56,30 +62,44 @@ def nearest(
     after: int = 8,
     rows: Selection = None,
     docs: Selection = None,
+    of: Of = "tokens",
+    pooling: str = "mean",
+    shards: ShardSearcher | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
 ) -> Result:
     """Return the stored tokens whose activations are nearest to a query, each with its context.
 
-    The answer is that of comparing every row in float64; equal ones are in row order. Memory: `memory_bytes` and the answer.
+    Values are those of comparing in float64; equal ones are in row order. Without an index, and with `exact=True`, the answer is
+    that of comparing every row. Memory: `memory_bytes`, the answer, and what the process keeps: bitmaps of masks
+    (`actstore.query.row_bits`), norms, opened indexes and decoded tokens.
 
     Args:
         run: The run to ask.
         hook_point: Where to compare; aliases are accepted.
         query: A row number of the run (the row itself is never in the answer), a text (run through the run's own model; its
-            last token that is not special), a vector (d_model,), or several vectors (q, d_model).
+            last token that is not special), `actstore.document(doc_id)` (the mean of its rows), a vector (d_model,), or several
+            vectors (q, d_model).
         k: Answers per query, at most; 1 to 10,000.
         metric: "cosine"; "ip": inner product; "l2": Euclidean distance, smallest first.
         where: SQL condition over columns of `tokens` and of the documents.
-        exact: None or True. There is no index yet: False is answered exactly too, with a warning.
+        exact: True: compare all rows that the masks leave. None or False: ask an index if there is one; False says so if there
+            is none.
+        recall: With an index, the share of the true answer that it must have been measured to find, above 0 and at most 1.
+            Where it was measured for no effort, all rows are compared.
+        transform: What is done to rows and query before they are compared: of "drop_outliers", "centre", "standardise" and
+            "whiten", see `actstore.transforms`; as it was when the index was built, if there is one.
         mask_special: Leave out tokens that the tokenizer added.
         mask_sinks: Leave out attention sinks: the first token of each window, and rows of over 10 times the median norm.
-        exclude_own_document: Leave out the document of the query's row.
+        exclude_own_document: Leave out the document of the query's row, or the document that is the query.
         fold: "context": of rows with the same last 8 tokens only the nearest; "doc": the nearest of a document; None: all.
         token: For a text: index of the token to ask for, negative from the end; None for the last that is not special.
         before: Tokens shown before each answer.
         after: Tokens shown after it; neither crosses a model window.
         rows: Only these rows (numbers or a slice).
         docs: Only these documents (numbers or a slice).
+        of: "documents": the nearest documents, by their pooled vectors; see `actstore.query.nearest_documents`.
+        pooling: Of documents.
+        shards: Searches the index elsewhere, such as `actstore.query.ray_shards.RayShards`; None for this process.
         memory_bytes: Bound on buffers.
 
     Returns:
@@ -87,42 +107,83 @@ def nearest(
         value (cosine, inner product or distance, float64), context (its `values` are each shown token's, null where a
         sampled run stores no row).
 
+        `meta.recall` is the share of the true k nearest that the index found when it was measured against brute force, with rows
+        of the run as queries; `meta.index` says which index, with what effort, and how many rows were compared.
+
     Raises:
         NotFoundError: no such hook point, row or document, or a row that a sampled run did not keep.
         InvalidInputError: a query that does not fit, zeros with cosine, a bad option, or a run of pooled vectors only.
-        FormatError: stored rows are missing or damaged.
+        FormatError: stored rows, or an index, are missing or damaged.
         MissingDependencyError: a text, and the packages that run models are not installed.
     """
     start = time.perf_counter()
+    check_choice(of, Of, what="of")
+    if of == "documents":
+        if rows is not None or token is not None:
+            raise InvalidInputError(
+                ErrorKind.BAD_ARGUMENT, "rows= and token= speak of tokens: of documents, docs= names some"
+            )
+        return nearest_documents(
+            run,
+            hook_point,
+            query,
+            k,
+            pooling=pooling,
+            metric=metric,
+            transform=transform,
+            where=where,
+            docs=docs,
+            exclude_own_document=exclude_own_document,
+            exact=exact,
+            recall=recall,
+            shards=shards,
+            memory_bytes=memory_bytes,
+        )
     k = check_k(k)
     check_choice(metric, Metric, what="metric")
+    check_choice(fold, Fold, what="fold")
+    check_choice(exact, Literal[None, True, False], what="exact")
     check_context(before, after)
+    recall = check_recall(recall)
     options = RowOptions(where, rows, docs, mask_special, mask_sinks, fold, memory_bytes)
     acts = open_acts(run, hook_point, memory_bytes)
-    own = exclude_own_document
-    vectors_qd, barred, asked = _read_query(run, acts, query, token, exclude_own_document=own)
-    _check_fit(vectors_qd, acts, metric)
-    scorer = SimilarityScorer(vectors_qd, metric)
-    request = {"verb": "nearest", "run": run.id, "hook_point": acts.hook_point, **asked, "k": k}
-    request |= {"metric": metric, "exclude_own_document": own, "before": before, "after": after}
-    notes = ["this hook point has no index: the answer is exact"] if exact is False else []
-    return _answer(run, acts, scorer, barred, options, request, notes, start=start)
+    asked = read_query(
+        run,
+        acts.hook_point,
+        query,
+        token=token,
+        exclude_own_document=exclude_own_document,
+        mask_special=mask_special,
+        mask_sinks=mask_sinks,
+    )
+    check_fit(asked.vectors_qd, d_model=acts.shape[1], hook_point=acts.hook_point, metric=metric)
+    way = choose_way(run, acts.hook_point, metric, parse_steps(transform), exact=exact, shards=shards)
+    request = {"verb": "nearest", "run": run.id, "hook_point": acts.hook_point, **asked.echo, "k": k}
+    request |= {"metric": metric, "transform": list(way.transform.steps), "of": of}
+    request |= {"exact": exact, "recall": None if exact else recall}
+    request |= {"exclude_own_document": exclude_own_document, "before": before, "after": after}
+    vectors_qd = transform_queries(way.transform, asked.vectors_qd, metric)
+    scorer: Scorer = SimilarityScorer(vectors_qd, metric)
+    if not way.transform.is_identity:
+        scorer = TransformedScorer(way.transform, SimilarityScorer(vectors_qd, metric))
+    answer = find_nearest(
+        run, acts, scorer, asked, way, options, k=k, metric=metric, recall=None if exact else recall
+    )
+    return _describe(run, acts, scorer, answer, options, {**request, **options.echo()}, start=start)
 
 
-def _answer(
+def _describe(
     run: Run,
     acts: Activations,
-    scorer: SimilarityScorer,
-    barred: _Barred,
+    scorer: Scorer,
+    answer: IndexAnswer,
     options: RowOptions,
-    request: Mapping[str, Any],
-    notes: Sequence[str],
+    request: dict[str, Any],
     *,
     start: float,
 ) -> Result:
-    """Find the rows and return them with their contexts."""
-    k, cosine = request["k"], request["metric"] == "cosine"
-    report = find_rows(run, acts, scorer, options, k=k, drop_zero_rows=cosine, barred=barred)
+    """Return the rows found, with their contexts."""
+    report = answer.report
     hits = [
         Hit(q, rank, row)
         for q, best in enumerate(report.best)
@@ -132,86 +193,19 @@ def _answer(
     table = describe_hits(run.tokenization, acts, scorer, hits, before=before, after=after)
     if request["query"] == "vectors":
         table = table.add_column(0, "query", pa.array([hit.query for hit in hits], pa.int32()))
-    n_requested = k * scorer.n_queries
+    n_requested = request["k"] * scorer.n_queries
     return make_result(
         run,
         [table],
         start=start,
-        request={**request, **options.echo()},
+        request=request,
         mask=report_mask(report, options),
         n_requested=n_requested,
         n_eligible=report.removed.n_kept,
         bytes_read=report.bytes_read,
         options=options,
-        warnings=[*mask_warnings(run, report, len(hits), n_requested), *notes],
+        warnings=[*mask_warnings(run, report, len(hits), n_requested), *answer.warnings],
+        exact=answer.exact,
+        recall=answer.recall,
+        index=answer.index,
     )
-
-
-def _read_query(
-    run: Run, acts: Activations, query: Any, token: int | None, *, exclude_own_document: bool
-) -> tuple[npt.NDArray[np.float64], _Barred, dict[str, Any]]:
-    """Return query vectors (q, d), what may not answer each, and the query as it is reported."""
-    if token is not None and not isinstance(query, str):
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, "token= says which token of a text is meant: give a text"
-        )
-    if is_whole(query):
-        row = int(query)
-        vector = check_vectors(acts.read([row])[0], what=f"stored row {row}")
-        doc = _document_of(run, row) if exclude_own_document else None
-        return vector[None], [(row, doc)], {"query": "row", "row": row}
-    if exclude_own_document:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            "exclude_own_document needs a query that has a document: give a row number",
-        )
-    if isinstance(query, str):
-        vector, index = _encode(run, acts.hook_point, query, token)
-        return vector[None], None, {"query": "text", "text": query, "token": index}
-    vectors = check_vectors(query, what="query")
-    if vectors.ndim == 1:
-        return vectors[None], None, {"query": "vector"}
-    return vectors, None, {"query": "vectors", "n_queries": len(vectors)}
-
-
-def _document_of(run: Run, row: int) -> int:
-    unit, offset = divmod(row, run.tokenization.rows_per_unit)
-    return int(run.tokenization.unit_table(unit, ["doc_id"])["doc_id"][offset].as_py())
-
-
-def _encode(run: Run, hook_point: str, text: str, token: int | None) -> tuple[npt.NDArray[np.float64], int]:
-    [encoded] = run.encode_text([text], hook_point)
-    acts_td = encoded.activations
-    n = len(acts_td)
-    if token is None:
-        body = np.flatnonzero(~encoded.is_special)
-        if not body.size:
-            raise InvalidInputError(ErrorKind.BAD_ARGUMENT, f"text {text!r} has no token that is not special")
-        token = int(body[-1])
-    if not is_whole(token) or not -n <= token < n:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"token={token!r} was asked for, the text has {n} tokens, special ones included",
-        )
-    index = int(token) % n
-    return check_vectors(np.asarray(acts_td[index], dtype=np.float64), what="the text's activation"), index
-
-
-def _check_fit(vectors_qd: npt.NDArray[np.float64], acts: Activations, metric: Metric) -> None:
-    n_queries, width = vectors_qd.shape
-    if width != acts.shape[1]:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"the query has {width} dimensions, {acts.hook_point!r} has {acts.shape[1]}",
-        )
-    if metric != "cosine" and np.abs(vectors_qd).max() > MAX_VALUE:
-        raise InvalidInputError(
-            ErrorKind.OVERFLOW,
-            f"the query has values beyond {MAX_VALUE:g}, whose {metric} with a row cannot be computed: scale it down",
-        )
-    zeros = np.flatnonzero(~vectors_qd.any(axis=1))
-    if metric == "cosine" and zeros.size:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"query {int(zeros[0])} of {n_queries} is all zeros and has no direction: use metric='l2', or another query",
-        )

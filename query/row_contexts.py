@@ -15,7 +15,8 @@ from actstore.arrow_arrays import from_numbers, from_texts
 from actstore.tokenization import Tokenization
 
 from .context import CONTEXT_TYPE
-from .unit_tables import UnitTokens, read_texts, read_units, read_words
+from .token_groups import read_around
+from .unit_tables import Tokens, read_texts, read_words, unit_entry
 
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
@@ -76,20 +77,21 @@ def show_rows(tokenization: Tokenization, rows: Int64s, *, before: int, after: i
         after: Tokens shown after it, at most.
     """
     n = len(rows)
-    units = rows // tokenization.rows_per_unit
-    tables = read_units(tokenization, units.tolist())
     starts, lengths = np.zeros(n, np.int64), np.zeros(n, np.int64)
     doc_id, position = np.zeros(n, np.int64), np.zeros(n, np.int32)
-    pieces: list[tuple[npt.NDArray[Any], ...]] = []
-    for i, (row, unit) in enumerate(zip(rows.tolist(), units.tolist(), strict=True)):
-        tokens = tables[unit]
-        offset = row - tokens.first_row
-        first, stop = _window(tokens, offset, before, after)
-        starts[i], lengths[i] = tokens.first_row + first, stop - first
-        doc_id[i], position[i] = tokens.doc_id[offset], tokens.position[offset]
-        pieces.append(tuple(getattr(tokens, name)[first:stop] for name in _TOKEN_COLUMNS))
+    pieces: list[tuple[npt.NDArray[Any], ...]] = [()] * n
+    order = np.argsort(rows, kind="stable")
+    places = iter(order.tolist())
+    for tokens, offsets in read_around(tokenization, rows[order], before=before, after=after):
+        for offset in offsets.tolist():
+            i = next(places)
+            first, stop = _window(tokens, offset, before, after)
+            starts[i], lengths[i] = tokens.first_row + first, stop - first
+            doc_id[i], position[i] = tokens.doc_id[offset], tokens.position[offset]
+            pieces[i] = tuple(getattr(tokens, name)[first:stop] for name in _TOKEN_COLUMNS)
     empty = (np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.bool_))
     columns = [np.concatenate(column) for column in zip(*pieces, strict=True)] if pieces else list(empty)
+    units = set((rows // tokenization.rows_per_unit).tolist())
     return Shown(
         rows=rows,
         starts=starts,
@@ -97,7 +99,7 @@ def show_rows(tokenization: Tokenization, rows: Int64s, *, before: int, after: i
         doc_id=doc_id,
         position=position,
         **dict(zip(_TOKEN_COLUMNS, columns, strict=True)),
-        nbytes=sum(table.nbytes for table in tables.values()),
+        nbytes=sum(unit_entry(tokenization, unit).objects[0].nbytes for unit in units),
     )
 
 
@@ -151,7 +153,7 @@ def describe_shown(
     return pa.table(columns)
 
 
-def _window(tokens: UnitTokens, offset: int, before: int, after: int) -> tuple[int, int]:
+def _window(tokens: Tokens, offset: int, before: int, after: int) -> tuple[int, int]:
     """Return the half-open range of offsets shown; positions in a model window count up by one from 0."""
     own = int(tokens.window_position[offset])
     first = offset - min(before, own, offset)

@@ -22,9 +22,10 @@ from actstore.stats import NORM_GAMMA, HookPointStats, is_stats_key
 from actstore.stats.sinks import N_TOP_ROWS
 
 from .eligible import Masks, Removed, check_selection, norm_limit
-from .fold import Fold, fold_keys
+from .fold import CONTEXT_TOKENS, Fold, fold_keys
+from .token_groups import Pieces, read_around, read_columns, rows_by_unit
 from .token_pattern import match_tokens, read_matches
-from .unit_tables import CACHE, UnitTokens, read_units
+from .unit_tables import CACHE, read_units, unit_entry
 from .where import Predicate
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
@@ -35,6 +36,9 @@ _NORM_ERROR = 1e-3
 
 _FEW_UNITS = 64
 """Units of which all tokens are looked at to find the rows of documents."""
+
+_FEW_ROWS = 2
+"""Rows a unit, on average, up to which the row groups around them are read, and not whole columns of their units."""
 
 _WHERE_ROWS = 1 << 18
 """Rows given to a predicate at a time: about 16 MiB of tokens."""
@@ -120,17 +124,21 @@ class RowMask:
         self._masks = masks
         self._sinks = sinks if masks.sinks else None
         self._norms = norms
-        top = self._tokenization.rows_per_unit * len(self._tokenization.units)
+        top = self._tokenization.rows_per_unit * len(self._tokenization.collection.units)
         self.rows = check_selection(masks.rows, top, name="rows", what="row")
         self.docs = check_selection(
             masks.docs, self._tokenization.corpus.n_documents, name="docs", what="document"
         )
         self._tokens = None if masks.regex is None else match_tokens(masks.regex, self._tokenization)
+        needed = {"doc_id": self.docs is not None, "token_id": self._tokens is not None,
+                  "is_special": masks.special, "window_position": masks.sinks}  # fmt: skip
+        self._columns = [name for name, is_needed in needed.items() if is_needed]
         self._stack = ExitStack()
         self._predicate = None
         if masks.where is not None:
             predicate = Predicate(masks.where, self._tokenization, memory_bytes=memory_bytes)
             self._predicate = self._stack.enter_context(predicate)
+        self._last: tuple[Int64s, Pieces] | None = None
         self.bytes_of_units: dict[int, int] = {}
         """Stored bytes of the token tables that were needed, by unit."""
 
@@ -154,7 +162,7 @@ class RowMask:
         if self.rows is not None:
             keep = removed.apply("rows", keep, np.isin(rows, self.rows, assume_unique=True))
         asked = np.flatnonzero(keep)
-        tokens = self.columns(rows[asked], "doc_id", "token_id", "is_special", "window_position")
+        tokens = self.columns(rows[asked], *self._columns)
         some = np.ones(len(asked), np.bool_)
         if self.docs is not None:
             some = removed.apply("docs", some, np.isin(tokens["doc_id"], self.docs))
@@ -174,15 +182,11 @@ class RowMask:
 
     def columns(self, rows: Int64s, *names: str) -> dict[str, npt.NDArray[Any]]:
         """Return columns of the tokens of some rows, ascending, each of shape (n,)."""
-        pieces: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
-        for tokens, offsets in self.by_unit(rows):
-            for name in names:
-                pieces[name].append(getattr(tokens, name)[offsets])
-        empty = {"is_special": np.bool_, "doc_id": np.int64}
-        return {
-            name: np.concatenate(found) if found else np.empty(0, empty.get(name, np.int32))
-            for name, found in pieces.items()
-        }
+        units = self._count_bytes(rows)
+        if not 0 < len(rows) <= _FEW_ROWS * len(units):
+            return read_columns(self._tokenization, rows, names)
+        pieces = self._around(rows)
+        return {name: np.concatenate([getattr(t, name)[at] for t, at in pieces]) for name in names}
 
     def named_rows(self) -> Int64s | None:
         """Return the rows that the caller named, by number or by document, ascending; None if none, or in too many units."""
@@ -202,6 +206,8 @@ class RowMask:
         if fold is None:
             return rows
         order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        self._count_bytes(ascending)
         found = [
             fold_keys(
                 fold,
@@ -211,7 +217,7 @@ class RowMask:
                 token_ids=tokens.token_id,
                 window_positions=tokens.window_position,
             )
-            for tokens, offsets in self.by_unit(rows[order])
+            for tokens, offsets in self._around(ascending)
         ]
         if not found:
             return rows
@@ -220,16 +226,19 @@ class RowMask:
         keys[order] = together
         return keys
 
-    def by_unit(self, rows: Int64s) -> list[tuple[UnitTokens, Int64s]]:
-        """Return each unit that holds some of the rows, ascending, with their offsets in it."""
-        units, starts = np.unique(rows // self._tokenization.rows_per_unit, return_index=True)
-        tables = read_units(self._tokenization, units.tolist())
-        stops = [*starts[1:].tolist(), len(rows)][: len(units)]
-        found = []
-        for unit, start, stop in zip(units.tolist(), starts.tolist(), stops, strict=True):
-            tokens = tables[unit]
-            self.bytes_of_units[unit] = tokens.nbytes
-            found.append((tokens, rows[start:stop] - tokens.first_row))
+    def _around(self, rows: Int64s) -> Pieces:
+        """Return the tokens of some rows, ascending, and what folding needs before each; those last asked for are at hand."""
+        if self._last is None or not np.array_equal(self._last[0], rows):
+            self._last = rows, read_around(self._tokenization, rows, before=CONTEXT_TOKENS - 1)
+        return self._last[1]
+
+    def _count_bytes(self, rows: Int64s) -> list[int]:
+        """Note the token tables that some rows, ascending, are in, and return their units."""
+        units = rows // self._tokenization.rows_per_unit
+        found: list[int] = units[np.flatnonzero(np.diff(units, prepend=-1))].tolist()
+        for unit in found:
+            if unit not in self.bytes_of_units:
+                self.bytes_of_units[unit] = unit_entry(self._tokenization, unit).objects[0].nbytes
         return found
 
     def _below_limit(self, rows: Int64s, asked: Bools) -> Bools:
@@ -248,10 +257,12 @@ class RowMask:
         places = np.flatnonzero(asked)
         for start in range(0, len(places), _WHERE_ROWS):
             some = places[start : start + _WHERE_ROWS]
+            by_unit = rows_by_unit(self._tokenization, rows[some])
+            units = read_units(self._tokenization, by_unit)
             pieces = []
-            for tokens, offsets in self.by_unit(rows[some]):
-                piece = tokens.table.take(from_numbers(offsets, pa.int64()))
-                numbers = from_numbers(offsets + tokens.first_row, pa.int64())
+            for unit, offsets in by_unit.items():
+                piece = units[unit].table.take(from_numbers(offsets, pa.int64()))
+                numbers = from_numbers(offsets + units[unit].first_row, pa.int64())
                 pieces.append(piece.add_column(0, "row", numbers))
             table = pa.concat_tables(pieces).select(self._tokenization.schema.names)
             kept[some] = self._predicate.mask(table)

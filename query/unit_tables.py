@@ -2,25 +2,29 @@
 
 Decoded tables are kept in one cache for the whole process, bounded in bytes and keyed by the hash of the object they were
 decoded from, so that a second question about a run reads and decodes nothing. Stored objects never change, so what is kept
-never goes stale; it was checked when it was read.
+never goes stale; it was checked when it was read. Whoever needs a few rows of many units reads them by row groups
+(`actstore.query.token_groups`).
 """
 
-import functools
-from collections.abc import Iterable, Sequence
+import bisect
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from actstore.arrow_arrays import from_numbers, from_texts, to_array
 from actstore.codec.cache import BytesCache
 from actstore.corpus import DOC_ID, TEXT, Corpus
 from actstore.errors import ErrorKind, FormatError, NotFoundError
-from actstore.tokenization import TOKEN_SCHEMA, Tokenization
+from actstore.log.values import Unit
+from actstore.objects import ObjectReader
+from actstore.tokenization import Tokenization
 
 Int64s = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -34,19 +38,35 @@ CACHE: BytesCache[Any] = BytesCache(CACHE_BYTES)
 _THREADS = 16
 """Objects read at a time where they are far away."""
 
+_NEAR_THREADS = 4
+"""On a local disk, where the time goes into decoding; no more than there are processors."""
+
+TOKEN_COLUMNS = (
+    "doc_id",
+    "position",
+    "token_id",
+    "char_start",
+    "char_end",
+    "is_special",
+    "window_position",
+)
+"""Those of a token table that answers are made of."""
+
 _ROW = "row"
 
+T = TypeVar("T")
+S = TypeVar("S")
 
-@dataclass(frozen=True, slots=True)
-class UnitTokens:
-    """The tokens of one unit, in row order; arrays have shape (t,) and are read-only."""
+_Texts: TypeAlias = tuple[Int64s, pa.Array]
+"""Numbers and texts of the documents of a row group."""
 
-    unit: int
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Tokens that follow each other in one unit, in row order; arrays have shape (t,) and are read-only."""
+
     first_row: int
     """Row number of offset 0."""
-
-    table: pa.Table
-    """All columns but `row`."""
 
     doc_id: Int64s
     position: npt.NDArray[np.int32]
@@ -55,11 +75,21 @@ class UnitTokens:
     char_end: npt.NDArray[np.int32]
     is_special: Bools
     window_position: npt.NDArray[np.int32]
-    nbytes: int
-    """Stored bytes of the token table."""
 
     def __len__(self) -> int:
         return len(self.token_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitTokens(Tokens):
+    """The tokens of one unit."""
+
+    unit: int
+    table: pa.Table
+    """All columns but `row`."""
+
+    nbytes: int
+    """Stored bytes of the token table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,35 +123,51 @@ def read_unit(tokenization: Tokenization, unit: int) -> UnitTokens:
         NotFoundError: no such unit.
         FormatError: the object is missing or damaged.
     """
-    entry = tokenization.collection.units.get(unit)
-    if entry is None:
-        raise NotFoundError(
-            ErrorKind.ROW_NOT_FOUND,
-            f"unit {unit} was asked for, tokenization {tokenization.id!r} has {len(tokenization.collection.units)} units",
-        )
-    tokens: UnitTokens = CACHE.get(
-        f"tokens:{entry.objects[0].sha256}", lambda: _load_unit(tokenization, unit)
-    )
+    entry = unit_entry(tokenization, unit)
+    tokens: UnitTokens = CACHE.get(unit_key(entry), lambda: _load_unit(tokenization, unit))
     return tokens
 
 
 def read_units(tokenization: Tokenization, units: Iterable[int]) -> dict[int, UnitTokens]:
     """Return the tokens of several units, those that must be read read side by side."""
     wanted = sorted({int(unit) for unit in units})
-    entries = tokenization.collection.units
-    found, missing = {}, []
-    for unit in wanted:
-        entry = entries.get(unit)
-        kept = None if entry is None else CACHE.find(f"tokens:{entry.objects[0].sha256}")
-        if kept is None:
-            missing.append(unit)
-        else:
-            found[unit] = kept
-    if len(missing) < 2:
-        return found | {unit: read_unit(tokenization, unit) for unit in missing}
-    with ThreadPoolExecutor(min(_THREADS, len(missing)), thread_name_prefix="actstore-tokens") as pool:
-        loaded = pool.map(lambda unit: read_unit(tokenization, unit), missing)
-        return found | dict(zip(missing, loaded, strict=True))
+    kept = {unit: CACHE.find(unit_key(unit_entry(tokenization, unit))) for unit in wanted}
+    missing = [unit for unit, tokens in kept.items() if tokens is None]
+    loaded = side_by_side(tokenization.objects, lambda unit: read_unit(tokenization, unit), missing)
+    found = {unit: tokens for unit, tokens in kept.items() if tokens is not None}
+    return found | dict(zip(missing, loaded, strict=True))
+
+
+def unit_entry(tokenization: Tokenization, unit: int) -> Unit:
+    """Return what the manifest says of a unit.
+
+    Raises:
+        NotFoundError: no such unit.
+    """
+    entry = tokenization.collection.units.get(unit)
+    if entry is None:
+        raise NotFoundError(
+            ErrorKind.ROW_NOT_FOUND,
+            f"unit {unit} was asked for, tokenization {tokenization.id!r} has {len(tokenization.collection.units)} units",
+        )
+    return entry
+
+
+def unit_key(entry: Unit) -> str:
+    """Return the name under which the tokens of a unit are kept; what is kept of parts of it has longer ones."""
+    return f"tokens:{entry.objects[0].sha256}"
+
+
+def side_by_side(objects: ObjectReader, load: Callable[[S], T], jobs: Sequence[S]) -> list[T]:
+    """Return what `load` makes of every job, in order: several at a time, more of them where the objects are far away."""
+    if len(jobs) < 2:
+        return [load(job) for job in jobs]
+    is_near = objects.storage.local_path("any") is not None
+    threads = min(len(jobs), min(_NEAR_THREADS, os.cpu_count() or 1) if is_near else _THREADS)
+    if threads < 2:
+        return [load(job) for job in jobs]
+    with ThreadPoolExecutor(threads, thread_name_prefix="actstore-tables") as pool:
+        return list(pool.map(load, jobs))
 
 
 def read_words(tokenization: Tokenization) -> Words:
@@ -143,17 +189,27 @@ def read_texts(corpus: Corpus, doc_ids: Sequence[int] | Int64s) -> dict[int, str
     Raises:
         FormatError: a part is missing or damaged, or lacks a document that the manifest promises.
     """
-    wanted = np.unique(np.asarray(doc_ids, np.int64))
+    wanted = sorted({int(doc_id) for doc_id in doc_ids})
     parts = corpus.parts
-    firsts = np.array([int(part.meta["first_doc"]) for part in parts], np.int64)
+    firsts = [int(part.meta["first_doc"]) for part in parts]
+    by_part: dict[int, list[int]] = {}
+    for doc_id in wanted:
+        by_part.setdefault(max(0, bisect.bisect_right(firsts, doc_id) - 1), []).append(doc_id)
+
+    def load(at: int) -> dict[int, str]:
+        return _load_texts(corpus, parts[at], by_part[at])
+
     texts: dict[int, str] = {}
-    for at in np.unique(np.searchsorted(firsts, wanted, side="right") - 1).tolist():
-        part = parts[at]
-        stop = int(firsts[at]) + part.rows
-        mine = wanted[(wanted >= firsts[at]) & (wanted < stop)]
-        texts.update(_part_texts(corpus, at, mine))
+    missing = []
+    for at, mine in by_part.items():
+        kept = _kept_texts(parts[at], mine)
+        texts.update(kept or {})
+        if kept is None:
+            missing.append(at)
+    for loaded in side_by_side(corpus.objects, load, missing):
+        texts.update(loaded)
     if len(texts) != len(wanted):
-        lost = sorted(set(wanted.tolist()) - set(texts))
+        lost = sorted(set(wanted) - set(texts))
         raise FormatError(
             ErrorKind.INVARIANT_BROKEN,
             f"document {lost[0]} has tokens and is not in corpus {corpus.id!r}: run fsck",
@@ -165,26 +221,38 @@ def _load_unit(tokenization: Tokenization, unit: int) -> tuple[UnitTokens, int]:
     names = [name for name in tokenization.schema.names if name != _ROW]
     table = tokenization.unit_table(unit, names).select(names).combine_chunks()
     entry = tokenization.collection.units[unit]
-    if table.num_rows != entry.rows:
-        raise FormatError(
-            ErrorKind.INVARIANT_BROKEN,
-            f"unit {unit} has {entry.rows} rows in the manifest and {table.num_rows} in its token table: run fsck",
-        )
-    arrays = {name: _array(table[name]) for name in names if name in TOKEN_SCHEMA.names and name != "window"}
+    check_rows(unit, entry, table.num_rows)
     tokens = UnitTokens(
         unit=unit,
         first_row=unit * tokenization.rows_per_unit,
         table=table,
         nbytes=entry.objects[0].nbytes,
-        **arrays,
+        **token_arrays(table),
     )
     return tokens, table.nbytes + tokens.is_special.nbytes
 
 
-def _array(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    values = to_array(column)
-    values.setflags(write=False)
-    return values
+def check_rows(unit: int, entry: Unit, n_rows: int) -> None:
+    """Check that a unit's token table has as many rows as the manifest says.
+
+    Raises:
+        FormatError: it has others.
+    """
+    if n_rows != entry.rows:
+        raise FormatError(
+            ErrorKind.INVARIANT_BROKEN,
+            f"unit {unit} has {entry.rows} rows in the manifest and {n_rows} in its token table: run fsck",
+        )
+
+
+def token_arrays(table: pa.Table) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of a token table that `Tokens` has, read-only."""
+    pieces = table.select(TOKEN_COLUMNS).to_batches()
+    columns = pieces[0].columns if len(pieces) == 1 else table.select(TOKEN_COLUMNS).columns
+    arrays = dict(zip(TOKEN_COLUMNS, map(to_array, columns), strict=True))
+    for values in arrays.values():
+        values.setflags(write=False)
+    return arrays
 
 
 def _load_words(tokenization: Tokenization) -> tuple[Words, int]:
@@ -193,7 +261,9 @@ def _load_words(tokenization: Tokenization) -> tuple[Words, int]:
     size = int(ids.max(initial=-1)) + 1
     place = np.full(size, -1, np.int64)
     place[ids] = np.arange(len(ids))
-    texts = table["token"].combine_chunks().cast(pa.string())
+    texts = table["token"].combine_chunks()
+    if texts.type != pa.string():
+        texts = texts.cast(pa.string())
     if isinstance(texts, pa.ChunkedArray):
         texts = pa.concat_arrays(texts.chunks) if texts.num_chunks else pa.array([], pa.string())
     if not np.array_equal(place, np.arange(len(texts))):
@@ -201,36 +271,55 @@ def _load_words(tokenization: Tokenization) -> tuple[Words, int]:
     return Words(texts), texts.nbytes
 
 
-def _part_texts(corpus: Corpus, at: int, doc_ids: Int64s) -> dict[int, str]:
-    """Return the texts of documents of one part."""
-    obj = corpus.parts[at].objects[0]
-    bounds: Int64s = CACHE.get(f"groups:{obj.sha256}", lambda: _load_groups(corpus, at))
-    groups = np.searchsorted(bounds[:, 0], doc_ids, side="right") - 1
-    texts: dict[int, str] = {}
-    for group in np.unique(groups).tolist():
-        load = functools.partial(_load_texts, corpus, at, group)
-        ids, column = CACHE.get(f"texts:{obj.sha256}:{group}", load)
-        mine = doc_ids[groups == group]
-        places = np.searchsorted(ids, mine)
-        for doc_id, place in zip(mine.tolist(), places.tolist(), strict=True):
-            if place < len(ids) and ids[place] == doc_id:
+def _kept_texts(part: Unit, doc_ids: Sequence[int]) -> dict[int, str] | None:
+    """Return the texts of documents of one part from the cache; None if something is not there."""
+    key = f"texts:{part.objects[0].sha256}"
+    starts: list[int] | None = CACHE.find(key)
+    if starts is None:
+        return None
+    by_group = _by_group(starts, doc_ids)
+    groups: dict[int, _Texts] = {}
+    for group in by_group:
+        kept = CACHE.find(f"{key}:{group}")
+        if kept is None:
+            return None
+        groups[group] = kept
+    return _pick_texts(groups, by_group)
+
+
+def _load_texts(corpus: Corpus, part: Unit, doc_ids: Sequence[int]) -> dict[int, str]:
+    """Return the texts of documents of one part: what the cache does not have is read by opening the object once."""
+    key = f"texts:{part.objects[0].sha256}"
+    with corpus.objects.parquet(part.objects[0]) as file:
+        counts = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        starts = list(itertools.accumulate(counts[:-1], initial=int(part.meta["first_doc"])))
+        CACHE.put(key, starts, 32 * len(starts))
+        by_group = _by_group(starts, doc_ids)
+        groups: dict[int, _Texts] = {}
+        for group in by_group:
+            kept = CACHE.find(f"{key}:{group}")
+            if kept is None:
+                table = file.read_row_group(group, columns=[DOC_ID, TEXT], use_threads=False).combine_chunks()
+                kept = to_array(table[DOC_ID]), table[TEXT]
+                CACHE.put(f"{key}:{group}", kept, table.nbytes)
+            groups[group] = kept
+    return _pick_texts(groups, by_group)
+
+
+def _by_group(starts: Sequence[int], doc_ids: Sequence[int]) -> dict[int, list[int]]:
+    """Return the documents that each row group should hold."""
+    found: dict[int, list[int]] = {}
+    for doc_id in doc_ids:
+        found.setdefault(max(0, bisect.bisect_right(starts, doc_id) - 1), []).append(doc_id)
+    return found
+
+
+def _pick_texts(groups: Mapping[int, "_Texts"], by_group: Mapping[int, Sequence[int]]) -> dict[int, str]:
+    """Return the texts of the documents that are in their row groups."""
+    texts = {}
+    for group, doc_ids in by_group.items():
+        numbers, column = groups[group]
+        for doc_id, place in zip(doc_ids, np.searchsorted(numbers, doc_ids).tolist(), strict=True):
+            if place < len(numbers) and numbers[place] == doc_id:
                 texts[doc_id] = column[place].as_py()
     return texts
-
-
-def _load_groups(corpus: Corpus, at: int) -> tuple[Int64s, int]:
-    """Return the first and last document of every row group of a part, shape (g, 2)."""
-    part = corpus.parts[at]
-    with pq.ParquetFile(corpus.objects.file(part.objects[0])) as file:
-        counts = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-    stops = int(part.meta["first_doc"]) + np.cumsum(counts, dtype=np.int64)
-    bounds = np.stack([stops - counts, stops - 1], axis=1).reshape(-1, 2)
-    return bounds, bounds.nbytes
-
-
-def _load_texts(corpus: Corpus, at: int, group: int) -> tuple[tuple[Int64s, pa.Array], int]:
-    path = corpus.objects.file(corpus.parts[at].objects[0])
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        table = file.read_row_group(group, columns=[DOC_ID, TEXT]).combine_chunks()
-    ids: Int64s = to_array(table[DOC_ID])
-    return (ids, table[TEXT]), table.nbytes

@@ -112,6 +112,17 @@ def test_reading_needs_neither_torch_nor_ray():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_question_about_a_latent_starts_light():
+    """What takes long to import is imported by the questions that need it."""
+    code = (
+        "import sys, actstore, actstore.query.examples;"
+        "heavy = 'duckdb ray torch transformers pandas matplotlib scipy faiss s3fs fsspec zarr rich pyarrow.dataset numpy.ma';"
+        "print([m for m in heavy.split() if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_packages_are_all_listed():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     assert listed == {module_of(p) for p in SOURCES if p.name == "__init__.py"}

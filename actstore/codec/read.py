@@ -31,6 +31,9 @@ _GAP_BYTES_LOCAL: Final = 16 << 10
 _GAP_BYTES_REMOTE: Final = 64 << 10
 """Below it another request costs more than the bytes; measured on an S3 emulator with 30 ms per request."""
 
+_SMALL_BYTES_LOCAL: Final = 4 << 20
+"""Scattered rows of a local disk up to this are read by the calling thread: starting others takes as long."""
+
 _SPAN_BYTES_REMOTE: Final = 8 << 20
 """One request of a scan."""
 
@@ -80,7 +83,12 @@ class RowReader:
             fetch for plan in plans for fetch in plan_fetches(spec, plan, max_gap_rows=gap, max_rows=max_rows)
         ]
         fetch_one = self._fetch_hot if spec.codec == "hot" else self._fetch_compressed
-        run_all([partial(fetch_one, fetch, out) for fetch in fetches], threads=self.threads)
+        is_small = (
+            self.is_local and spec.codec == "hot" and len(places) * spec.row_bytes <= _SMALL_BYTES_LOCAL
+        )
+        run_all(
+            [partial(fetch_one, fetch, out) for fetch in fetches], threads=1 if is_small else self.threads
+        )
 
     def read_runs(self, runs: Iterable[tuple[UnitRows, int, int]], out: StoredArray) -> None:
         """Read runs `(unit, first, end)` of units' stored rows one after another into `out`."""
@@ -298,8 +306,9 @@ class RowReader:
 
 def run_all(tasks: Sequence[Callable[[], Any]], *, threads: int) -> None:
     """Run all tasks and return when they are done; the first error is raised once the running ones have ended."""
-    if len(tasks) == 1:
-        tasks[0]()
+    if len(tasks) == 1 or threads == 1:
+        for task in tasks:
+            task()
         return
     with ThreadPoolExecutor(max(1, min(threads, len(tasks)))) as pool:
         wait_for([pool.submit(task) for task in tasks])

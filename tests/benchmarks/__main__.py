@@ -10,6 +10,7 @@ from tests.benchmarks import (
     bench_capture,
     bench_codes,
     bench_committer,
+    bench_contexts,
     bench_encode,
     bench_ingest,
     bench_latents,
@@ -98,8 +99,8 @@ def train() -> Iterator[Row]:
 
 
 def latents() -> Iterator[Row]:
-    """Contexts of latents: times, and requests to an object store."""
-    for name, value, unit, note in bench_latents.run():
+    """Contexts of latents: times, beside DuckDB's, and requests to an object store."""
+    for name, value, unit, note in (*bench_latents.run(), *bench_contexts.run()):
         yield name, f"{value:.3g} {unit}", note
 
 

@@ -24,6 +24,7 @@ from actstore.codes import codes_id
 from actstore.dictionary_data import make_dictionary
 from actstore.ingest.corpus_parts import part_bytes_of
 from actstore.ingest.dictionaries.save import save_dictionary
+from actstore.ingest.token_units import unit_bytes, vocabulary_bytes
 from actstore.log.values import Add, Create, Seal
 from actstore.query import bands
 from actstore.sparse import SparseRows, encode_segment, encode_unit
@@ -112,7 +113,9 @@ def _add_tokenization(
     )
     for unit, first in enumerate(range(0, len(tokens), rows_per_unit)):
         piece = table.slice(first, rows_per_unit)
-        obj = write(store, f"tokenizations/docs.t/tokens/{unit:08}-{attempt}.parquet", parquet(piece))
+        obj = write(
+            store, f"tokenizations/docs.t/tokens/{unit:08}-{attempt}.parquet", bytes(unit_bytes(piece))
+        )
         meta = {"first_doc": int(doc_of[first]), "last_doc": piece["doc_id"][-1].as_py(), "n_windows": 1}
         actions.append(Add("tokenization", "docs.t", 0, mark, unit, len(piece), 0, attempt, (obj,), meta))
     words = pa.table(
@@ -120,7 +123,7 @@ def _add_tokenization(
     )
     sealed = (
         write(store, f"tokenizations/docs.t/tokenizer-{attempt}.json", b"{}"),
-        write(store, f"tokenizations/docs.t/vocabulary-{attempt}.parquet", parquet(words)),
+        write(store, f"tokenizations/docs.t/vocabulary-{attempt}.parquet", bytes(vocabulary_bytes(words))),
     )
     meta = {"n_documents": len(lengths), "n_empty": 0, "n_windows": 1, "tokenizer_config": {}}
     commit(store, *actions, Seal("tokenization", "docs.t", 0, len(actions), len(tokens), sealed, meta))

@@ -194,7 +194,9 @@ def add_tokenization(
             {f.name: [getattr(t, f.name) for t in tokens] for f in TOKEN_SCHEMA}, schema=TOKEN_SCHEMA
         )
         attempt = uuid.uuid4().hex
-        obj = write(store, f"tokenizations/{name}/tokens/{u:08}-{attempt}.parquet", parquet(table))
+        obj = write(
+            store, f"tokenizations/{name}/tokens/{u:08}-{attempt}.parquet", parquet(table, row_group_size=37)
+        )
         meta = {"first_doc": tokens[0].doc_id, "last_doc": tokens[-1].doc_id, "n_windows": 1}
         actions.append(Add("tokenization", name, 0, mark, u, len(tokens), 0, attempt, (obj,), meta))
     attempt = uuid.uuid4().hex

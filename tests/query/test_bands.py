@@ -18,7 +18,7 @@ from tests.query.naive_latents import check_context, count_firing, densest, elig
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """Values that tie, special tokens, sinks by norm, rows that are not finite."""
-    made = make_store(str(tmp_path_factory.mktemp("bands") / "s"), seed=6, n_documents=60)
+    made = make_store(str(tmp_path_factory.mktemp("bands") / "s"), seed=6, n_documents=60, rows_per_unit=128)
     add_run(made, "run", {H: 12}, random_values(1, {H: 12}, nonfinite=True, sinks=True))
     n = len(stored_rows(made, "run"))
     return add_codes(made, random_codes(n, 20, per_row=5, ties=True))

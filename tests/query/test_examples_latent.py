@@ -184,7 +184,7 @@ def test_dead_latents_have_no_examples(tmp_path):
 
 @pytest.mark.parametrize("value_dtype", ["float16", "float32"])
 def test_a_latent_that_fires_everywhere(tmp_path, value_dtype):
-    made = make_store(str(tmp_path / "s"), n_documents=120)
+    made = make_store(str(tmp_path / "s"), n_documents=120, rows_per_unit=256)
     add_run(made, "run", {H: 4}, random_values(1, {H: 4}))
     told = add_codes(made, everywhere_codes(len(made.tokens), 12), value_dtype=value_dtype)
     rows = eligible_rows(told, H)
@@ -298,6 +298,26 @@ def test_rows_in_too_many_units_are_not_all_looked_at(tmp_path):
     for index in np.flatnonzero(np.diff(told.matrix.tocsc().indptr)).tolist():
         result = made.run().examples(latent(index), 15)
         check_strongest(told, result, index, ranked(told, index, rows, "context")[:15])
+
+
+@pytest.mark.parametrize("fold", ["context", "doc", None])
+def test_rows_in_few_units_are_all_counted_and_those_in_many_are_not(tmp_path, fold):
+    made = make_store(str(tmp_path / "s"), n_documents=60, rows_per_unit=32)
+    add_run(made, "run", {H: 4}, random_values(1, {H: 4}, sinks=True))
+    told = add_codes(made, random_codes(len(made.tokens), 120, per_row=4, ties=True))
+    rows = eligible_rows(told, H)
+    seen = set()
+    for index in range(120):
+        n_units = len(np.unique(told.firing(index)[0] // 32))
+        result = made.run().examples(latent(index), 9, fold=fold)
+        wanted = ranked(told, index, rows, fold)[:9]
+        if n_units > latent_examples.WHOLE_UNITS:
+            check_strongest(told, result, index, wanted)
+        else:
+            check_rows(told, index, result, wanted)
+            assert result.meta.n_eligible == count_firing(told, index, rows)
+        seen.add(n_units > latent_examples.WHOLE_UNITS)
+    assert seen == {True, False}
 
 
 def test_sinks_named_by_the_statistics(told, tmp_path):
