@@ -179,10 +179,8 @@ class _Product:
             self._multiply(first, stop, chunk_qt)
             bits = self.bits[first // 8 : -(-stop // 8)]
             keep = np.unpackbits(bits, count=stop - first, bitorder="little").view(np.bool_)
-            scores_qt = chunk_qt[:, : stop - first]
-            scores_qt[:, ~keep] = -np.inf
-            for scores_t, one in zip(scores_qt, best, strict=True):
-                one.offer(scores_t, first)
+            for scores_t, one in zip(chunk_qt[:, : stop - first], best, strict=True):
+                one.offer(scores_t, keep, first)
         return _pad([one.finish() for one in best])
 
     def _multiply(self, first: int, stop: int, out_qt: Float32s) -> None:
@@ -204,8 +202,8 @@ class _Best:
         self._n = 0
         self._beyond = np.float32(-np.inf)
 
-    def offer(self, scores_t: Float32s, first: int) -> None:
-        above = np.flatnonzero(scores_t > self._beyond)
+    def offer(self, scores_t: Float32s, keep: npt.NDArray[np.bool_], first: int) -> None:
+        above = np.flatnonzero((scores_t > self._beyond) & keep)
         self._raw.append(scores_t[above])
         self._ordinals.append(above + first)
         self._n += len(above)

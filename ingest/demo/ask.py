@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 import actstore
+from actstore.ingest.indexing import build_index
 
 from . import show
 from .directions import separate_kinds
@@ -117,8 +118,21 @@ def ask_direction(console: Console, store: actstore.Store, run: actstore.Run) ->
     }
 
 
+def index_stream(console: Console, store: actstore.Store, run_id: str) -> dict[str, Any]:
+    """Index the middle residual stream of a run, if that was not done yet, and say what it finds."""
+    run = store.run(run_id)
+    report = build_index(store, run_id, middle_stream(run))
+    show.line(
+        console,
+        f"{middle_stream(run)} of {run_id} is indexed: {report.kind} ({'; '.join(report.why)}), {report.n_indexed:,} vectors, "
+        f"{report.nbytes / 1e6:,.0f} MB; of the 10 nearest it finds {report.recall:.1%} if it looks everywhere, and each answer "
+        "says what was measured for the part it looks at.",
+    )
+    return {"index": report.index, "kind": report.kind, "n_indexed": report.n_indexed, "recall": report.recall}
+
+
 def ask_nearest(console: Console, store: actstore.Store, runs: Sequence[actstore.Run]) -> dict[str, Any]:
-    """Show the nearest contexts of a stored token, in both models, and of a text."""
+    """Show the nearest contexts of a stored token, in both models, and of a text, and what comes next after such contexts."""
     run, other = runs[0], runs[-1]
     hook_point = middle_stream(run)
     row = int(store.sql(ROW_SQL).to_dicts()[0]["row"])
@@ -142,6 +156,10 @@ def ask_nearest(console: Console, store: actstore.Store, runs: Sequence[actstore
     show.line(console, f"The end of the text {show.quote(QUERY_TEXT)} is nearest to", style="bold")
     by_text = run.nearest(hook_point, QUERY_TEXT, k=_SHOWN, fold="doc", before=12, after=5)
     show.contexts(console, by_text.to_dicts())
+    voted = run.knn_lm(QUERY_TEXT, k=256, n_tokens=_SHOWN).to_dicts()
+    guesses = ", ".join(f"{show.quote(r['token'])} {r['p']:.0%} (model alone {r['p_lm']:.0%})" for r in voted)
+    console.print()
+    show.line(console, f"What followed such contexts, mixed with the model's own prediction: {guesses}")
     return {
         "hook_point": hook_point,
         "row": row,
@@ -150,6 +168,7 @@ def ask_nearest(console: Console, store: actstore.Store, runs: Sequence[actstore
         "k": _NEAREST,
         "text": QUERY_TEXT,
         "by_text": by_text.to_dicts(),
+        "next_tokens": voted,
     }
 
 

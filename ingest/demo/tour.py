@@ -28,7 +28,7 @@ from actstore.ingest.job import run_ingest
 from actstore.ingest.training import SaeTrainConfig
 
 from . import show
-from .ask import ask_direction, ask_nearest, ask_neurons, ask_sql, middle_stream
+from .ask import ask_direction, ask_nearest, ask_neurons, ask_sql, index_stream, middle_stream
 from .corpus import Bounds, Document, read_documents, stored_documents
 from .sae import show_latents
 from .train import (
@@ -97,6 +97,8 @@ def run_tour(store_path: Path, config: TourConfig, console: Console) -> dict[str
     summary["direction"] = ask_direction(console, store, runs[0])
 
     show.heading(console, 6, "Nearest: the stored contexts most like a token, or like a text")
+    summary["index"] = index_stream(console, store, runs[0].id)
+    runs = [store.run(name) for name in config.models]
     summary["nearest"] = ask_nearest(console, store, runs)
 
     show.heading(console, 7, "Latents: a sparse autoencoder of the stream, and what fires in it")
@@ -300,6 +302,8 @@ def _say_goodbye(console: Console, store_path: Path, models_path: Path, summary:
         f"actstore neighbours {store_path} {run} {latent} --by coactivation",
         f"actstore latents {store_path} {run} {summary['sae']['dictionary']} --where 'density < 0.01' -k 10",
         f"actstore nearest {store_path} {run} layers.1.resid_post --text 'import os'",
+        f"actstore knn-lm {store_path} {run} --text 'import os'",
+        f"actstore index list {store_path}",
         f'actstore sql {store_path} "SELECT kind, count(*) AS n FROM documents GROUP BY kind"',
         f"actstore fsck {store_path} --deep",
     ):

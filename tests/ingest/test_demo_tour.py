@@ -179,7 +179,7 @@ def test_the_tour_again_trains_and_stores_nothing(toured):
     assert {file: file.stat().st_mtime_ns for file in path.parent.rglob("*") if file.is_file()} == files
     assert "trained before" in printed
     assert "complete already" in printed
-    for key in ("version", "sql", "neurons", "direction", "nearest", "training", "sae"):
+    for key in ("version", "sql", "neurons", "direction", "nearest", "training", "sae", "index"):
         assert summary[key] == before[key]
 
 
