@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actstore.errors import ErrorKind, InvalidInputError, NotFoundError
@@ -141,4 +140,5 @@ def _read_documents(path: str, doc_ids: np.ndarray, columns: list[str] | None) -
             if np.searchsorted(doc_ids, bounds.min) < np.searchsorted(doc_ids, bounds.max, side="right"):
                 groups.append(g)
         table = file.read_row_groups(groups, columns=columns)
-    return table.filter(pc.is_in(table[DOC_ID], value_set=pa.array(doc_ids)))
+    wanted = np.isin(table[DOC_ID].to_numpy(), doc_ids)
+    return table.filter(pa.array(wanted))

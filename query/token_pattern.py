@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from actstore.arrow_arrays import to_array
 from actstore.errors import ErrorKind, InvalidInputError
@@ -27,6 +26,8 @@ def check_pattern(pattern: object, name: str = "regex") -> str:
         raise InvalidInputError(
             ErrorKind.BAD_ARGUMENT, f"{name}= is a pattern as text, such as r'^\\s*cat', got {pattern!r:.80}"
         )
+    import pyarrow.compute as pc
+
     try:
         pc.match_substring_regex(pa.array([""]), pattern)
     except (pa.ArrowInvalid, UnicodeEncodeError) as error:
@@ -45,6 +46,8 @@ def match_tokens(pattern: str, tokenization: Tokenization) -> npt.NDArray[np.boo
     Raises:
         InvalidInputError: not a regular expression.
     """
+    import pyarrow.compute as pc
+
     texts = read_words(tokenization).texts
     found = pc.match_substring_regex(texts, check_pattern(pattern)).fill_null(False)
     matches: npt.NDArray[np.bool_] = to_array(found)

@@ -116,7 +116,8 @@ def test_a_question_about_a_latent_starts_light():
     """What takes long to import is imported by the questions that need it."""
     code = (
         "import sys, actstore, actstore.query.examples;"
-        "heavy = 'duckdb ray torch transformers pandas matplotlib scipy faiss s3fs fsspec zarr rich pyarrow.dataset numpy.ma';"
+        "heavy = 'duckdb ray torch transformers pandas matplotlib scipy faiss s3fs fsspec zarr rich pyarrow.dataset numpy.ma '"
+        "'pyarrow.compute';"
         "print([m for m in heavy.split() if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,15 +4,19 @@ Nothing is decoded before its checksum matched, and no frame before it said that
 cannot claim memory.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-from numcodecs.blosc import Blosc
 
 from actstore.codec.crc import crc32c
 from actstore.codec.encode import make_blosc
 from actstore.codec.index import damaged, frame_sizes, parse_index
 from actstore.codec.spec import ShardSpec
 from actstore.dtypes import StoredArray, stored_dtype
+
+if TYPE_CHECKING:
+    from numcodecs.blosc import Blosc
 
 
 class ChunkDecoder:

@@ -7,11 +7,10 @@ the storage interleaved with the checksums.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from numcodecs.blosc import Blosc
 
 from actstore.codec.crc import crc32c
 from actstore.codec.index import encode_index
@@ -20,6 +19,9 @@ from actstore.codec.sums import Sums, chunk_sums, sums_of
 from actstore.dtypes import StoredArray, stored_dtype
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.storage.base import Buffer
+
+if TYPE_CHECKING:
+    from numcodecs.blosc import Blosc
 
 _SHUFFLES = {"shuffle": 1, "bitshuffle": 2}
 
@@ -73,10 +75,12 @@ def encode_shard(spec: ShardSpec, rows: StoredArray, *, threads: int = 1) -> Enc
     return EncodedShard(buffers, sum(lengths) + spec.index_bytes, sums)
 
 
-def make_blosc(spec: ShardSpec) -> Blosc:
+def make_blosc(spec: ShardSpec) -> "Blosc":
     """Return the compressor of `spec.codec`. Call it on a worker thread: there it holds neither the GIL nor a lock."""
     configuration: dict[str, Any] = dict(blosc_configuration(spec) or {})
     configuration["shuffle"] = _SHUFFLES[configuration["shuffle"]]
+    from numcodecs.blosc import Blosc  # a tenth of a second that rows as they are do not need
+
     return Blosc(**configuration)
 
 

@@ -128,7 +128,12 @@ def index_stream(console: Console, store: actstore.Store, run_id: str) -> dict[s
         f"{report.nbytes / 1e6:,.0f} MB; of the 10 nearest it finds {report.recall:.1%} if it looks everywhere, and each answer "
         "says what was measured for the part it looks at.",
     )
-    return {"index": report.index, "kind": report.kind, "n_indexed": report.n_indexed, "recall": report.recall}
+    return {
+        "index": report.index,
+        "kind": report.kind,
+        "n_indexed": report.n_indexed,
+        "recall": report.recall,
+    }
 
 
 def ask_nearest(console: Console, store: actstore.Store, runs: Sequence[actstore.Run]) -> dict[str, Any]:

@@ -105,10 +105,13 @@ class ScanSq8:
                     f"{len(exceptions)} of {n} rows of a shard are outside of the ranges that the sample showed, so 8 bits a "
                     "number do not compress them: rows are too unlike each other for this kind of index, scan them",
                 )
-            return {
-                "faiss": _faiss_file(index, scratch, n),
-                "exceptions": scratch.exceptions_file(exceptions),
-            }
+            parts: dict[str, Part] = {"exceptions": scratch.exceptions_file(exceptions)}
+            try:
+                parts["faiss"] = _faiss_file(index, scratch, n)
+            except BaseException:
+                Path(str(parts["exceptions"])).unlink(missing_ok=True)
+                raise
+            return parts
 
 
 def fit_compression(sample_nd: Float32s, *, n_rows: int, norm_limit: float | None = None) -> Compression:

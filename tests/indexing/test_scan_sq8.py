@@ -7,7 +7,7 @@ from safetensors.numpy import load
 
 from actstore.errors import ErrorKind, InvalidInputError
 from actstore.ingest.indexing.scan_sq8 import ScanSq8, fit_compression
-from tests.query.make_directions import compress, fill, opened
+from tests.query.make_directions import KINDS, compress, fill, make_rows, opened
 
 
 def parts_of(index):
@@ -20,33 +20,6 @@ def parts_of(index):
     low, width = faiss.vector_to_array(inner.sq.trained).astype(np.float64).reshape(2, -1)
     codes = faiss.rev_swig_ptr(inner.codes.data(), inner.ntotal * inner.d).reshape(-1, inner.d).copy()
     return turn, low, width, codes
-
-
-def make_rows(kind: str, n: int = 3000, d: int = 24) -> np.ndarray:
-    rng = np.random.default_rng(len(kind))
-    rows = rng.standard_normal((n, d))
-    rows = {
-        "plain": lambda: rows,
-        "correlated": lambda: rows @ rng.standard_normal((d, d)) * np.exp(-np.arange(d)) + 100,
-        "scales": lambda: rows * 10.0 ** rng.integers(-30, 30, d),
-        "constant": lambda: np.where(np.arange(d) % 3 == 0, 2.5, rows),
-        "all constant": lambda: np.full((n, d), -7.25),
-        "zeros": lambda: np.zeros((n, d)),
-        "denormal": lambda: rows * 1e-41,
-        "huge": lambda: rows * 3e37,
-        "sparse": lambda: np.maximum(rows - 2, 0),
-        "heavy": lambda: rows * np.exp(2 * rng.standard_normal((n, d))),
-        "float16": lambda: rows.astype(np.float16),
-        "bfloat16": lambda: (rows.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32),
-        "few": lambda: rows[:20],
-        "one": lambda: rows[:1],
-        "none": lambda: rows[:0],
-    }[kind]()
-    return np.ascontiguousarray(rows, np.float32)
-
-
-KINDS = ["plain", "correlated", "scales", "constant", "all constant", "zeros", "denormal", "huge", "sparse", "heavy", "float16",
-         "bfloat16", "few", "one", "none"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,33 @@ from actstore.vector_index import index_id
 from tests.query.make_store import commit, write
 
 
+def make_rows(kind: str, n: int = 3000, d: int = 24) -> np.ndarray:
+    rng = np.random.default_rng(len(kind))
+    rows = rng.standard_normal((n, d))
+    rows = {
+        "plain": lambda: rows,
+        "correlated": lambda: rows @ rng.standard_normal((d, d)) * np.exp(-np.arange(d)) + 100,
+        "scales": lambda: rows * 10.0 ** rng.integers(-30, 30, d),
+        "constant": lambda: np.where(np.arange(d) % 3 == 0, 2.5, rows),
+        "all constant": lambda: np.full((n, d), -7.25),
+        "zeros": lambda: np.zeros((n, d)),
+        "denormal": lambda: rows * 1e-41,
+        "huge": lambda: rows * 3e37,
+        "sparse": lambda: np.maximum(rows - 2, 0),
+        "heavy": lambda: rows * np.exp(2 * rng.standard_normal((n, d))),
+        "float16": lambda: rows.astype(np.float16),
+        "bfloat16": lambda: (rows.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32),
+        "few": lambda: rows[:20],
+        "one": lambda: rows[:1],
+        "none": lambda: rows[:0],
+    }[kind]()
+    return np.ascontiguousarray(rows, np.float32)
+
+
+KINDS = ["plain", "correlated", "scales", "constant", "all constant", "zeros", "denormal", "huge", "sparse", "heavy", "float16",
+         "bfloat16", "few", "one", "none"]  # fmt: skip
+
+
 def compress(rows: np.ndarray, *, n_rows: int | None = None, block: int = 777) -> dict[str, bytes]:
     """The files of one shard that holds some rows, its sample all of them that are finite."""
     kind = ScanSq8()

@@ -6,8 +6,7 @@ from safetensors.numpy import load
 
 from actstore.query.code_scan import CompressedRows
 from actstore.sq8 import CodeQueries, Compression
-from tests.indexing.test_scan_sq8 import KINDS, make_rows
-from tests.query.make_directions import compress, opened
+from tests.query.make_directions import KINDS, compress, make_rows, opened
 
 N_BLOCK = 70_000  # more than two threads' least rows
 
