@@ -33,11 +33,13 @@ N_QUERIES: Final = 1000
 """The standard deviation of a recall near 0.95 is then about 0.003."""
 
 KS: Final = (10, 20, 50, 100)
+"""Numbers of neighbours that recall is measured for; 20 is what a question asks for if nothing is said."""
+
 MANY: Final = 1024
-"""The largest number of neighbours that recall is measured for,"""
+"""The largest of them, which language models from neighbours ask for."""
 
 N_QUERIES_OF_MANY: Final = 100
-"""with so many of the queries: the recall of each is a mean of 1,024 already."""
+"""Queries for that one: the recall of each is a mean of 1,024 already."""
 
 SHARES: Final = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 

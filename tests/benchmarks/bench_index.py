@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 
 import actstore
 from actstore.query.unit_tables import read_units
-from tests.benchmarks.real_rows import DEFAULT_FOLDER, N_TOKENS, RUN, H, make_run
+from tests.benchmarks.real_rows import DEFAULT_FOLDER, N_TOKENS, RUN, H, fill_store, make_run
 
 Row = tuple[str, float, str, str]
 
@@ -284,12 +285,40 @@ def _peer(side: str, folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def requests(folder: Path, n_tokens: int = 40_000) -> Iterator[Row]:
+    """Yield the S3 requests and bytes of a first question in a process that knows nothing, and of a second one."""
+    from actstore import ingest
+    from tests.s3_server import FaultyProxy, S3Server
+
+    with S3Server() as s3, tempfile.TemporaryDirectory() as cache:
+        url = f"s3://{s3.make_bucket()}/rows.store"
+        store = fill_store(
+            actstore.open(url, create=True, storage_options=s3.storage_options), folder, n_tokens
+        )
+        report = ingest.build_index(store, RUN, H, kind="ivf_sq8")
+        with FaultyProxy(s3.endpoint_url) as proxy:
+            options = {**s3.storage_options, "endpoint_url": proxy.endpoint_url}
+            run = actstore.open(url, storage_options=options, cache_dir=cache).run(RUN)
+            opened = len(proxy.requests)
+            for name, row in (("first question", 1_000), ("second question, another row", 20_000)):
+                proxy.clear()
+                answer = run.nearest(H, row, K, recall=RECALL)
+                sent = len(proxy.requests)
+                copies = sum(f.stat().st_size for f in Path(cache).rglob("*") if f.is_file())
+                note = (
+                    f"{run.n_rows:,} rows in {run.n_units} units; index {report.nbytes / 1e6:.0f} MB; {copies / 1e6:.1f} MB in "
+                    f"the local cache; {opened} more requests open the store; {answer.meta.bytes_read / 1e6:.1f} MB looked at"
+                )
+                yield f"nearest over S3, requests, {name}", sent, "", note
+
+
 def run(folder: Path = DEFAULT_FOLDER, n_tokens: int = N_TOKENS) -> Iterator[Row]:
     """Yield rows of (name, value, unit, note)."""
     out, url = prepare(folder, n_tokens), str(folder / f"rows-{n_tokens}.store")
     yield from build(url, out)
     yield from throughput(url, out)
     yield from questions(url, out)
+    yield from requests(folder)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,17 @@ _VOCAB = 4096
 def make_run(folder: Path = DEFAULT_FOLDER, n_tokens: int = N_TOKENS) -> actstore.Store:
     """Return the store, made if it is not there."""
     url = str(folder / f"rows-{n_tokens}.store")
+    return fill_store(actstore.open(url, create=not Path(url).exists()), folder, n_tokens)
+
+
+def fill_store(store: actstore.Store, folder: Path, n_tokens: int) -> actstore.Store:
+    """Return the store with the run in it, ingested as far as it is not."""
     documents = list(botocore_documents())
     random.Random(0).shuffle(documents)
     model = folder / "model"
     if saved_report(model, config=_CONFIG, text_sha256="botocore") is None:
         folder.mkdir(parents=True, exist_ok=True)
         _train(model, [d["text"] for d in documents])
-    store = actstore.open(url, create=not Path(url).exists())
     ingest.import_corpus(store, "docs", _few(documents, n_tokens))
     config = ingest.IngestConfig(
         corpus="docs", model=str(model), hook_points=[H], run=RUN, dtype="bfloat16", ray_address=None

@@ -134,16 +134,19 @@ def test_what_is_measured_is_an_effort_table(store):
     index = build(store, kind="ivf_sq8", metric="cosine", n_lists=16, n_queries=200)
     table = [(m.effort, m.k, m.share) for m in index.measured]
     assert len(set(table)) == len(table)
-    assert {k for _, k, _ in table} == {10, 100, 1024}
+    ks = (10, 20, 50, 100, 1024)
+    assert {k for _, k, _ in table} == set(ks)
     assert {share for _, k, share in table if k == 10} == {1.0, 0.5, 0.2, 0.1}
     assert set(index.efforts) <= {1, 2, 4, 8, 16}
-    for k in (10, 100, 1024):
+    for k in ks:
         recalls = [m.recall for m in index.measured if m.k == k and m.share == 1.0]
         assert recalls == sorted(recalls)
         assert recalls[-1] > 0.999
     # Stricter than asked: more neighbours, fewer eligible rows.
     assert index.recall(4, 7) == index.recall(4, 10)
-    assert index.recall(4, 11) == index.recall(4, 100)
+    assert index.recall(4, 11) == index.recall(4, 20)
+    assert index.recall(4, 51) == index.recall(4, 100)
+    assert index.recall(4, 5000) == index.recall(4, 1024)
     assert index.recall(4, 10, 0.3) == index.recall(4, 10, 0.2)
     assert index.recall(5, 10) == index.recall(4, 10)
     assert index.recall(0, 10) == 0.0
