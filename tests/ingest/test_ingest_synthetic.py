@@ -203,7 +203,15 @@ def test_a_run_may_be_named_as_a_folder_of_runs(made, name):
     assert store.run(name).stats("layers.0.resid_post").n_rows == len(ids)
 
 
-def test_an_interrupt_before_any_unit_runs_ends_the_job_at_once(made):
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT: a shell that runs this in the background has the process ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_before_any_unit_runs_ends_the_job_at_once(made, interruptible):
     url, tokenizer = made
 
     class Interrupted(synthetic.SyntheticBackend):

@@ -7,7 +7,8 @@ import numpy as np
 
 from tests.query.make_store import Made
 
-_KEYS: dict[int, dict[int, tuple[int, ...]]] = {}
+_KEYS: dict[int, tuple[Made, dict[int, tuple[int, ...]]]] = {}
+"""By identity, of what is kept alive here: another store could be made at the same place."""
 
 
 def context_key(made: Made, token) -> tuple[int, ...]:
@@ -16,12 +17,13 @@ def context_key(made: Made, token) -> tuple[int, ...]:
         windows: dict[tuple[int, int], list] = {}
         for t in made.tokens:
             windows.setdefault((t.doc_id, t.window), []).append(t)
-        _KEYS[id(made)] = {
+        keys = {
             t.row: tuple(o.token_id for o in window if o.window_position <= t.window_position)[-8:]
             for window in windows.values()
             for t in window
         }
-    return _KEYS[id(made)][token.row]
+        _KEYS[id(made)] = (made, keys)
+    return _KEYS[id(made)][1][token.row]
 
 
 def eligible(
