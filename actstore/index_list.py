@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from actstore.index_pieces import all_pieces, rows_of_shards
 from actstore.run import Run
 from actstore.store import Store
 from actstore.vector_index import KIND, VectorIndex, open_indexes
@@ -82,8 +83,8 @@ def _state(index: VectorIndex) -> str:
 
 
 def _coverage(index: VectorIndex) -> float:
-    """Return the share of what the run stores; of documents, of those with a vector or without."""
-    n = index.run.n_rows
-    if index.of == "documents":
-        n = index.run.pooled(index.hook_point, index.pooling or "mean").n_documents
-    return index.n_rows / n if n else 1.0
+    """Return the share of what the run stores; of documents, those without a vector counted on both sides."""
+    pieces = all_pieces(index.run, index.of)
+    n = sum(piece.n for piece in pieces)
+    built = [index.unit_ranges[shard.number] for shard in index.shards]
+    return sum(rows_of_shards(pieces, built)) / n if n else 1.0

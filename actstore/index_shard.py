@@ -164,14 +164,14 @@ class IndexShard:
     def ordinals_of(self, rows: npt.ArrayLike) -> Int64s:
         """Return the ordinals of rows (document numbers), -1 for those that are not in the shard; any shape."""
         wanted = np.asarray(rows, np.int64)
+        flat = wanted.ravel()
         if self.index.of == "documents":
             documents = self.documents()
-            place = np.searchsorted(documents, wanted)
+            place = np.searchsorted(documents, flat)
             found = place < len(documents)
-            found[found] = documents[place[found]] == wanted[found]
-            return np.where(found, place, -1)
+            found[found] = documents[place[found]] == flat[found]
+            return np.where(found, place, -1).reshape(wanted.shape)
         layout = self.index.layout()
-        flat = wanted.ravel()
         ordinals = np.full(flat.shape, -1, np.int64)
         exists = layout.exist(flat)
         unit_of, offset = np.divmod(layout.places(flat[exists]), layout.stored_rows_per_unit)

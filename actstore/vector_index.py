@@ -41,6 +41,9 @@ Purpose: TypeAlias = Literal["nearest", "directions"]
 KIND: Final = "index"
 """Of the collections."""
 
+FORMAT: Final = 1
+"""Of their configurations."""
+
 PURPOSES: Final[Mapping[str, Purpose]] = {
     "flat": "nearest",
     "ivf_sq8": "nearest",
@@ -99,7 +102,8 @@ def open_indexes(
 ) -> "list[VectorIndex]":
     """Return the usable indexes of a hook point: newest first, no two over the same rows, all with one metric and transform.
 
-    Reads nothing but the version log.
+    Reads nothing but the version log. None of a run opened before its store was refreshed, if it has got other units since: they
+    may be of rows that it lacks.
 
     Args:
         run: The run.
@@ -115,7 +119,7 @@ def open_indexes(
         FormatError: the manifest's entry of an index is damaged.
     """
     taken = list[VectorIndex]()
-    for index in sealed_indexes(run, hook_point, of=of, purpose=purpose):
+    for index in sealed_indexes(run, hook_point, of=of, purpose=purpose) if _is_current(run) else ():
         is_asked_for = (
             metric in (None, index.metric)
             and (transform_steps is None or tuple(transform_steps) == index.transform_steps)
@@ -126,6 +130,12 @@ def open_indexes(
             if not any(_overlap(covered, other.covered(), index.of) for other in taken):
                 taken.append(index)
     return taken
+
+
+def _is_current(run: "Run") -> bool:
+    """Return whether a run has the units that it has at its store's version, which may have moved on since it was opened."""
+    live = run.store.state.collections.get(("run", run.id))
+    return live is run.collection or (live is not None and live.units == run.collection.units)
 
 
 def sealed_indexes(run: "Run", hook_point: str, *, of: Of, purpose: Purpose) -> "list[VectorIndex]":
@@ -148,7 +158,17 @@ def index_collections(run: "Run", hook_point: str, *, of: Of, purpose: Purpose) 
         and collection.config.get("of") == of
         and PURPOSES.get(str(collection.config.get("kind"))) == purpose
     ]
-    return sorted(found, key=lambda c: int(c.config.get("generation", 0)))
+    return sorted(found, key=_generation_of)
+
+
+def _generation_of(collection: Collection) -> int:
+    generation = collection.config.get("generation")
+    if isinstance(generation, int):
+        return generation
+    raise FormatError(
+        ErrorKind.INVARIANT_BROKEN,
+        f"index {collection.id!r} cannot be read: its generation is {generation!r}; see fsck",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +204,12 @@ class VectorIndex:
         self.collection = collection
         """The index as the version log has it."""
         config = collection.config
+        if config.get("format") != FORMAT:
+            raise FormatError(
+                ErrorKind.FORMAT_TOO_NEW,
+                f"index {collection.id!r} is of format {config.get('format')!r}, this version reads {FORMAT}: install a newer "
+                "one",
+            )
         try:
             self.hook_point = str(config["hook_point"])
             """Canonical name."""
@@ -197,7 +223,7 @@ class VectorIndex:
             """`cosine`, `ip` or `l2`."""
             self.transform_steps = tuple(str(step) for step in config["transform"])
             """What is done to rows before they are compared; see `actstore.transforms`."""
-            self.first_dims: int | None = config["first_dims"]
+            self.first_dims: int | None = None if config["first_dims"] is None else int(config["first_dims"])
             """Only so many of the first dimensions are indexed; None for all."""
             self.d = int(config["d"])
             """Width of the vectors in the files."""
@@ -222,11 +248,12 @@ class VectorIndex:
             or self.metric not in METRICS
             or self.of not in ("tokens", "documents")
             or self.d < 1
+            or self.first_dims not in (None, self.d)
             or not all(0 <= a < b for ranges in self._ranges for a, b in ranges)
             or not (self.of == "documents" or self._n_units() <= len(run.collection.units))
         ):
             raise self.broken(
-                f"it is {self.kind!r} of {self.of!r} with metric {self.metric!r}, {self.d} wide"
+                f"it is {self.kind!r} of {self.of!r} with metric {self.metric!r}, {self.d} wide (first_dims {self.first_dims})"
             )
         if collection.is_sealed and sorted(collection.units) != list(range(len(self._ranges) + 1)):
             raise self.broken(f"it has {len(collection.units)} units for {len(self._ranges)} shards")

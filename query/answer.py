@@ -18,17 +18,23 @@ from actstore.result import Meta, Result
 from actstore.run import Run
 from actstore.stats import SINK_NORM_RATIO
 
-from .eligible import Eligibility, Masks, Selection, sink_norm_limit
+from .eligible import Eligibility, Masks, Removed, Selection, sink_norm_limit
 from .fold import Fold
+from .row_mask import sink_rule
 from .scan import ScanReport, plan_block_rows, scan_top_k
 from .scores import Scorer
 from .token_pattern import check_pattern
+from .top_k import TopK
+from .where import check_condition
 
 DEFAULT_MEMORY_BYTES = 512 << 20
 """Bound on the buffers of one question, the answer itself not counted."""
 
 DEFAULT_RECALL = 0.95
 """Of the true answer: what those who search approximately mostly ask for."""
+
+WITHOUT_FAISS = "FAISS is not installed (pip install 'actstore[cpu]')"
+"""Why no index was asked; begins a warning."""
 
 _READERS: BytesCache[Activations] = BytesCache(4)
 """Counted, not weighed."""
@@ -53,11 +59,13 @@ class RowOptions:
     has_next: bool = False
 
     def __post_init__(self) -> None:
-        """Check the limit on memory and the pattern.
+        """Check the limit on memory, the pattern, and that the condition is a text.
 
         Raises:
-            InvalidInputError: not a whole number of bytes, or not a regular expression.
+            InvalidInputError: not a whole number of bytes, not a regular expression, or no text.
         """
+        if self.where is not None:
+            check_condition(self.where)
         if self.regex is not None:
             check_pattern(self.regex)
         # Too little for the question at hand is told where that is known.
@@ -97,9 +105,12 @@ def check_choice(value: object, choices: object, *, what: str) -> None:
     """
     allowed = [c for choice in get_args(choices) for c in (get_args(choice) or (choice,))]
     allowed = [None if c is type(None) else c for c in allowed]
-    if value not in allowed:
+    # Of an array `in` would ask whether all its elements are equal to a choice.
+    is_one = value is None or isinstance(value, str | bool | np.bool_)
+    if not is_one or value not in allowed:
         raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+            ErrorKind.BAD_ARGUMENT,
+            f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r:.80}",
         )
 
 
@@ -149,9 +160,13 @@ def find_rows(
 ) -> ScanReport:
     """Return the best `k` rows of every query among those that count; see `actstore.query.scan.scan_top_k`.
 
-    Of all stored units, or of `units` only: the others then count for nothing.
+    Of all stored units, or of `units` only: the others then count for nothing. Of no unit nothing is read, nor are the masks
+    looked at.
     """
     check_choice(options.fold, Fold, what="fold")
+    if units is not None and not units:
+        limit = sink_rule(run, acts.hook_point).limit if options.mask_sinks else math.inf
+        return ScanReport(Removed(), limit, best=[TopK(k) for _ in range(scorer.n_queries)])
     block_rows = plan_block_rows(acts.shape[1], scorer.n_queries, options.memory_bytes)
     norm_limit = sink_norm_limit(run, acts.hook_point) if options.mask_sinks else math.inf
     with Eligibility(

@@ -69,6 +69,10 @@ class CompressedRows:
         """Bytes that a scan reads."""
         return self._codes_nd.nbytes
 
+    def n_found(self, k: int, *, threads: int) -> int:
+        """Return how many rows of a direction `best` returns at most."""
+        return sum(min(k, stop - start) for start, stop in self._parts(threads))
+
     def best(self, vectors_qd: Float64s, k: int, *, bits: Bits, threads: int) -> Matches:
         """Return at least the `k` rows of every direction whose values are largest, all there are if fewer count.
 

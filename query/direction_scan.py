@@ -23,13 +23,10 @@ from actstore.vector_index import IndexShard, VectorIndex
 
 from .answer import RowOptions, find_rows
 from .code_scan import CompressedRows, Matches
-from .eligible import Removed
 from .offer_rows import RowOffers
 from .row_bits import Bits, add_counts, read_row_bits
-from .row_mask import sink_rule
 from .scan import ScanReport, plan_block_rows
 from .scores import Float32s, Float64s, ProjectionScorer
-from .top_k import TopK
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 
@@ -46,7 +43,10 @@ VERIFIED_ROWS: Final = 8192
 """These take about 0.1 s."""
 
 _TOGETHER: Final = 256
-"""Directions looked at at a time, which bounds the memory."""
+"""Directions looked at at a time, at most."""
+
+_LOOKED_AT_BYTES: Final = 100
+"""Of a direction and row: what was found, and what is sorted of it."""
 
 
 @dataclass(slots=True)
@@ -73,7 +73,8 @@ def find_along(
 ) -> DirectionAnswer:
     """Return the best `k` rows of every direction among those that count: exactly those of `answer.find_rows`.
 
-    Memory besides `options.memory_bytes`: some 100 bytes for each direction and row looked at, and the masks' bits.
+    Memory besides `options.memory_bytes`: as much again for the rows looked at, the masks' bits, and 8 bytes for each direction
+    and row verified. Directions whose rows do not fit together are looked at one group after the other.
 
     Args:
         run: The run asked.
@@ -91,7 +92,7 @@ def find_along(
     """
     covered = {unit for index in indexes for unit in index.covered().tolist()}
     others = [unit for unit in run.collection.units if unit not in covered]
-    report = _scan_some(run, acts, scorer, options, k, others)
+    report = find_rows(run, acts, scorer, options, k=k, units=others)
     n_scanned = report.removed.n_seen
     search = _Search(run, acts, scorer, options, report, k=k)
     for index in indexes:
@@ -110,16 +111,6 @@ def find_along(
             f"{n_scanned} rows are in no index and were compared one by one: actstore index build brings it up to date"
         )
     return DirectionAnswer(report, told, warnings)
-
-
-def _scan_some(
-    run: Run, acts: Activations, scorer: ProjectionScorer, options: RowOptions, k: int, units: Sequence[int]
-) -> ScanReport:
-    """Return what a scan of some units finds."""
-    if units:
-        return find_rows(run, acts, scorer, options, k=k, units=units)
-    limit = sink_rule(run, acts.hook_point).limit if options.mask_sinks else np.inf
-    return ScanReport(Removed(), limit, best=[TopK(k) for _ in range(scorer.n_queries)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +233,11 @@ class _Search:
         while self._shards and queries:
             self._n_rounds += 1
             left: list[int] = []
-            for start in range(0, len(queries), _TOGETHER):
-                some = queries[start : start + _TOGETHER]
+            together = self._together(wanted)
+            if not together:
+                return False
+            for start in range(0, len(queries), together):
+                some = queries[start : start + together]
                 candidates = self._look(some, wanted)
                 if not self._verify(candidates, most):
                     return False
@@ -279,15 +273,20 @@ class _Search:
         np.bitwise_and.at(left, byte, ~bit)
         return left
 
+    def _together(self, wanted: int) -> int:
+        """Return at how many directions to look at a time, so that what is found of them fits into the memory."""
+        n_sides = 2 if self._scorer.sign == "abs" else 1
+        found = sum(one.rows.n_found(wanted, threads=_threads()) for one in self._shards)
+        return min(_TOGETHER, self._options.memory_bytes // (_LOOKED_AT_BYTES * n_sides * max(1, found)))
+
     def _look(self, queries: Sequence[int], wanted: int) -> list[_Candidates]:
         """Return the rows of largest value of some directions, at least `wanted` of every shard."""
         vectors_qd, sign = self._scorer.directions()[queries], self._scorer.sign
         sides = {"pos": [1.0], "neg": [-1.0], "abs": [1.0, -1.0]}[sign]
         together = np.concatenate([side * vectors_qd for side in sides])
-        threads = max(1, os.cpu_count() or 1)
         found: list[tuple[IndexShard, Matches]] = []
         for one in self._shards:
-            found.append((one.shard, one.rows.best(together, wanted, bits=one.bits, threads=threads)))
+            found.append((one.shard, one.rows.best(together, wanted, bits=one.bits, threads=_threads())))
             self._report.bytes_read += one.rows.nbytes
         places = [[i + at * len(queries) for at in range(len(sides))] for i in range(len(queries))]
         return [self._gather(found, query, at) for query, at in zip(queries, places, strict=True)]
@@ -344,3 +343,7 @@ class _Search:
 
     def _threshold(self, candidates: _Candidates) -> float:
         return self._report.best[candidates.query].threshold
+
+
+def _threads() -> int:
+    return max(1, os.cpu_count() or 1)

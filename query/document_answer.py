@@ -51,7 +51,7 @@ class DocumentQuestion:
     """Exact scores of pooled vectors."""
 
     vectors_qd: Float32s | None
-    """The queries as pooled vectors, shape (q, d_model): what indexes are searched for. None if they are beyond float32."""
+    """The queries as pooled vectors, shape (q, d_model): what indexes are searched for. None if float32 cannot tell them."""
 
     k: int
     drop_zero_rows: bool
@@ -197,7 +197,7 @@ def _ask_index(
     bits = {shard.number: _bits(question, shard, wanted, answer.removed) for shard in index.shards}
     n_eligible = sum(int(np.bitwise_count(some).sum()) for some in bits.values())
     plan = plan_generation(index, n_eligible, k=question.k + (question.barred is not None), recall=recall)
-    if question.vectors_qd is None or not np.isfinite(index.prepare(question.vectors_qd)).all():
+    if question.vectors_qd is None:
         plan = Plan(None, 1.0, plan.share)
     generation = _Generation(question, searcher, plan, bits, n_eligible)
     if n_eligible and plan.effort is not None:

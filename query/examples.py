@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from actstore.activations import Activations
 from actstore.errors import ErrorKind, InvalidInputError
+from actstore.faiss_file import has_faiss
 from actstore.result import Result
 from actstore.run import Run
 from actstore.targets import Direction, Latent, Neuron, Target
@@ -23,6 +24,7 @@ from actstore.vector_index import open_indexes
 
 from .answer import (
     DEFAULT_MEMORY_BYTES,
+    WITHOUT_FAISS,
     RowOptions,
     check_choice,
     find_rows,
@@ -90,8 +92,8 @@ def examples(
             `actstore.query.bands`. Their definitions are repeated in `meta.request`, and what each held of a latent, with its
             edges, in `meta.mask`.
         regex: Only tokens whose text has a match of this pattern (RE2).
-        use_index: Use an index for directions where there is one. The rows of the answer are the same without, only later; what
-            was done is in `meta.index`, by hook point.
+        use_index: Use an index for directions where there is one, and FAISS is installed. The rows of the answer are the same
+            without, only later; what was done is in `meta.index`, by hook point.
 
     Returns:
         Columns: target (when several were given), band (when asked for), rank (from 1, in each band), row, doc_id, position,
@@ -147,6 +149,9 @@ def _answer(
         along_all = _make_scorer(asked, acts, sign)
         scorer: Scorer = along_all
         indexes = open_indexes(run, hook_point, purpose="directions") if use_index else []
+        if indexes and not has_faiss():
+            indexes = []
+            warnings.append(f"{WITHOUT_FAISS}: all rows were compared")
         if indexes:
             along = find_along(run, acts, along_all, options, k=k, indexes=indexes)
             report, used[acts.hook_point] = along.report, along.index

@@ -20,14 +20,11 @@ from actstore.run import Run
 from actstore.vector_index import VectorIndex
 
 from .answer import RowOptions, find_rows
-from .eligible import Removed
 from .index_search import ShardSearcher
 from .offer_rows import RowOffers
 from .row_bits import Bits, add_counts, bits_to_rows, document_rows, read_row_bits
-from .row_mask import sink_rule
 from .scan import ScanReport
 from .scores import Float32s, Scorer
-from .top_k import TopK
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Int64s: TypeAlias = npt.NDArray[np.int64]
@@ -156,21 +153,16 @@ def search_index(
 
 def _scan_others(question: Question, covered: set[int]) -> ScanReport:
     """Compare the rows that no index has."""
-    others = [unit for unit in question.run.collection.units if unit not in covered]
-    if others:
-        return find_rows(
-            question.run,
-            question.acts,
-            question.scorer,
-            question.options,
-            k=question.k,
-            drop_zero_rows=question.drop_zero_rows,
-            barred=question.barred,
-            units=others,
-        )
-    masks_sinks = question.options.mask_sinks
-    limit = sink_rule(question.run, question.acts.hook_point).limit if masks_sinks else np.inf
-    return ScanReport(Removed(), limit, best=[TopK(question.k) for _ in range(question.scorer.n_queries)])
+    return find_rows(
+        question.run,
+        question.acts,
+        question.scorer,
+        question.options,
+        k=question.k,
+        drop_zero_rows=question.drop_zero_rows,
+        barred=question.barred,
+        units=[unit for unit in question.run.collection.units if unit not in covered],
+    )
 
 
 class _Generation:

@@ -6,7 +6,7 @@ those that Ray actors hold. What they return are candidates: approximate scores,
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from actstore.errors import ErrorKind, InvalidInputError
 from actstore.faiss_file import faiss_threads
 from actstore.vector_index import IndexShard, VectorIndex
 
@@ -90,11 +91,51 @@ class LocalShards:
             return merge_found(pool.map(search_beside, shards), k, n_queries=len(vectors_qd))
 
 
+def place_searchers(
+    indexes: Sequence[VectorIndex], shards: ShardSearcher | None, *, asked: str
+) -> list[ShardSearcher]:
+    """Return what searches each of some indexes: the threads of this process, or `shards` if they are its own.
+
+    Args:
+        indexes: To search.
+        shards: What the caller has shards of one of them in; None for nothing.
+        asked: What the indexes would be asked, for the error.
+
+    Raises:
+        InvalidInputError: `shards` searches nothing, or none of these indexes: one of the same name in another store is another.
+    """
+    searchers: list[ShardSearcher] = [LocalShards(index) for index in indexes]
+    if shards is None:
+        return searchers
+    given = getattr(shards, "index", None)
+    if not isinstance(given, VectorIndex):
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"shards= takes what searches the shards of an index, such as RayShards, got {type(shards).__name__}",
+        )
+    places = [i for i, index in enumerate(indexes) if _attempts(index) == _attempts(given)]
+    if not places:
+        same_name = " (another one of that name)" if given.id in [index.id for index in indexes] else ""
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT,
+            f"shards= has shards of index {given.id!r}, and {asked} is asked through "
+            f"{', '.join(repr(index.id) for index in indexes) or 'no index'}{same_name}",
+        )
+    searchers[places[0]] = shards
+    return searchers
+
+
+def _attempts(index: VectorIndex) -> tuple[str, ...]:
+    """Return what tells an index from any other: the attempts that wrote its units."""
+    units = index.collection.units
+    return (index.id, *(units[unit].attempt for unit in sorted(units)))
+
+
 def search_shard(
     shard: IndexShard, vectors_qd: Float32s, k: int, *, effort: int, bits: Bits | None
 ) -> tuple[Float32s, Int64s]:
     """Return scores and row numbers (-1: none) of the best `k` vectors of one shard, both of shape (q, m)."""
-    scores, ordinals = shard.search(vectors_qd, min(k, shard.n), effort=effort, bits=bits)
+    scores, ordinals = shard.search(vectors_qd, k, effort=effort, bits=bits)
     there = ordinals >= 0
     rows = np.full(ordinals.shape, -1, np.int64)
     rows[there] = shard.rows_of(ordinals[there])

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from actstore.arrow_arrays import from_numbers, from_texts
 from actstore.checks import check_whole
-from actstore.errors import ErrorKind, InvalidInputError
 from actstore.faiss_file import has_faiss
 from actstore.pooled import Pooled
 from actstore.result import Result
@@ -21,11 +21,19 @@ from actstore.run import Run
 from actstore.transforms import Transform, fit_transform, parse_steps
 from actstore.vector_index import open_indexes
 
-from .answer import DEFAULT_MEMORY_BYTES, DEFAULT_RECALL, RowOptions, check_choice, check_recall, make_result
+from .answer import (
+    DEFAULT_MEMORY_BYTES,
+    DEFAULT_RECALL,
+    WITHOUT_FAISS,
+    RowOptions,
+    check_choice,
+    check_recall,
+    make_result,
+)
 from .document_answer import DocumentAnswer, DocumentQuestion, search_documents
 from .eligible import Selection, check_selection
-from .index_search import LocalShards, ShardSearcher
-from .query_vectors import QueryVectors, check_fit, read_query, transform_queries
+from .index_search import LocalShards, ShardSearcher, place_searchers
+from .query_vectors import QueryVectors, check_fit, narrow_queries, read_query, transform_queries
 from .scan import check_k, plan_block_rows
 from .scores import Metric, Scorer, SimilarityScorer, TransformedScorer
 from .unit_tables import read_texts
@@ -101,10 +109,22 @@ def nearest_documents(
     searchers, notes = _searchers(run, pooled, metric, steps, shards, exact=exact)
     # Exact answers are in the same space as those of the index.
     fitted = searchers[0].index.transform() if searchers else _fit(run, pooled, steps)
-    question = _question(run, pooled, asked, fitted, options, k=k, metric=metric)
+    searched_qd, problem = narrow_queries(asked.vectors_qd, [s.index for s in searchers], metric)
+    if problem is not None and searchers and not exact:
+        notes.append(problem)
+    question = _question(
+        run,
+        pooled,
+        asked,
+        fitted,
+        options,
+        k=k,
+        metric=metric,
+        searched_qd=searched_qd if problem is None else None,
+    )
     if not exact and any(isinstance(s, LocalShards) for s in searchers) and not has_faiss():
         searchers = []
-        notes.append("FAISS is not installed (pip install 'actstore[cpu]'): all vectors were compared")
+        notes.append(f"{WITHOUT_FAISS}: all vectors were compared")
     answer = search_documents(question, [] if exact else searchers, recall=recall)
     n_requested = k * len(asked.vectors_qd)
     table = _describe(run, question, answer, text_chars)
@@ -161,12 +181,9 @@ def _searchers(
         run, hook_point, of="documents", metric=metric, transform_steps=steps, pooling=pooling
     )
     asked = f"metric={metric!r}, transform={list(steps)}, pooling={pooling!r}"
-    if shards is not None and shards.index.id not in {index.id for index in indexes}:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"shards= has shards of index {shards.index.id!r}, and documents of {hook_point!r} of run {run.id!r} are asked "
-            f"through {', '.join(repr(index.id) for index in indexes) or 'no index'} for {asked}",
-        )
+    searchers = place_searchers(
+        indexes, shards, asked=f"{hook_point!r} of run {run.id!r}, its documents, for {asked}"
+    )
     others = [] if indexes or exact else open_indexes(run, hook_point, of="documents")
     notes = []
     if others:
@@ -174,9 +191,6 @@ def _searchers(
         notes.append(f"the index of documents is for {found}: every vector was compared for {asked}")
     elif exact is False and not indexes:
         notes.append("this hook point has no index of documents: the answer is exact")
-    searchers: list[ShardSearcher] = [LocalShards(index) for index in indexes]
-    if shards is not None:
-        searchers = [shards if s.index.id == shards.index.id else s for s in searchers]
     return searchers, notes
 
 
@@ -193,22 +207,17 @@ def _question(
     *,
     k: int,
     metric: Metric,
+    searched_qd: npt.NDArray[np.float32] | None,
 ) -> DocumentQuestion:
     corpus = run.tokenization.corpus
     selected = check_selection(options.docs, corpus.n_documents, name="docs", what="document")
     moved = SimilarityScorer(transform_queries(fitted, asked.vectors_qd, metric), metric)
     scorer: Scorer = moved if fitted.is_identity else TransformedScorer(fitted, moved)
-    vectors = asked.vectors_qd
-    if metric == "cosine" and fitted.is_identity:
-        # Only the direction counts, and any length that float32 has will do.
-        vectors = vectors / np.abs(vectors).max(axis=1, keepdims=True)
-    with np.errstate(over="ignore"):
-        narrow = vectors.astype(np.float32)
     where_bytes = max(64 << 20, options.memory_bytes // 4)
     return DocumentQuestion(
         pooled=pooled,
         scorer=scorer,
-        vectors_qd=narrow if np.isfinite(narrow).all() else None,
+        vectors_qd=searched_qd,
         k=k,
         drop_zero_rows=metric == "cosine",
         barred=asked.barred,
@@ -217,7 +226,7 @@ def _question(
         kept=None
         if options.where is None
         else keep_documents(options.where, corpus, memory_bytes=where_bytes),
-        block_rows=plan_block_rows(pooled.d_model, len(vectors), options.memory_bytes),
+        block_rows=plan_block_rows(pooled.d_model, len(asked.vectors_qd), options.memory_bytes),
     )
 
 

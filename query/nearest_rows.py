@@ -3,25 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from actstore.activations import Activations
 from actstore.codec.cache import BytesCache
-from actstore.errors import ErrorKind, InvalidInputError
 from actstore.faiss_file import has_faiss
 from actstore.log.state import State
 from actstore.run import Run
 from actstore.transforms import Transform, fit_transform
 from actstore.vector_index import VectorIndex, open_indexes
 
-from .answer import RowOptions, find_rows
+from .answer import WITHOUT_FAISS, RowOptions, find_rows
 from .index_answer import IndexAnswer, Question, search_index
-from .index_search import LocalShards, ShardSearcher
-from .query_vectors import QueryVectors
+from .index_search import LocalShards, ShardSearcher, place_searchers
+from .query_vectors import QueryVectors, narrow_queries
 from .scores import Metric, Scorer
-
-_LARGEST = 2.0**50
-"""Of a query's numbers: the products and squares of larger ones may leave float32, in which indexes are searched."""
 
 _INDEXES: BytesCache[tuple[State, Run, list[VectorIndex]]] = BytesCache(64)
 """Counted, not weighed: each is about as large as a store's list of units."""
@@ -62,19 +56,11 @@ def choose_way(
         FormatError: an index, or its transform, is missing or damaged.
     """
     indexes = _open_indexes(run, hook_point, metric, steps)
-    if shards is not None and shards.index.id not in {index.id for index in indexes}:
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT,
-            f"shards= has shards of index {shards.index.id!r}, and {hook_point!r} of run {run.id!r} is asked through "
-            f"{', '.join(repr(index.id) for index in indexes) or 'no index'} for metric={metric!r}, transform={list(steps)}",
-        )
+    asked = f"{hook_point!r} of run {run.id!r} for metric={metric!r}, transform={list(steps)}"
+    searchers = place_searchers(indexes, shards, asked=asked)
     if not indexes:
         notes = [] if exact else _why_no_index(run, hook_point, metric, steps, exact=exact)
         return Way([], fit_transform(run, hook_point, steps), notes)
-    searchers: list[ShardSearcher] = []
-    for index in indexes:
-        is_elsewhere = shards is not None and shards.index.id == index.id
-        searchers.append(shards if is_elsewhere and shards is not None else LocalShards(index))
     return Way(searchers, indexes[0].transform(), [])
 
 
@@ -132,18 +118,13 @@ def find_nearest(
     if not way.searchers:
         report = find_rows(run, acts, scorer, options, k=k, drop_zero_rows=cosine, barred=asked.barred)
         return IndexAnswer(report, exact=True, recall=1.0, index=None, warnings=notes)
-    vectors_qd = asked.vectors_qd
-    if cosine and way.transform.is_identity:  # only the direction counts
-        vectors_qd = vectors_qd / np.abs(vectors_qd).max(axis=1, keepdims=True)
-    if recall is not None and np.abs(vectors_qd).max() > _LARGEST:
+    indexes = [searcher.index for searcher in way.searchers]
+    searched_qd, problem = narrow_queries(asked.vectors_qd, indexes, metric)
+    if problem is None and any(isinstance(s, LocalShards) for s in way.searchers) and not has_faiss():
+        problem = f"{WITHOUT_FAISS}: all rows were compared"
+    if recall is not None and problem is not None:
         recall = None
-        notes.append(
-            f"the query has values beyond {_LARGEST:.0e}, too large to search an index for: all rows were compared"
-        )
-    searched_qd = np.clip(vectors_qd, -_LARGEST, _LARGEST).astype(np.float32)
-    if recall is not None and any(isinstance(s, LocalShards) for s in way.searchers) and not has_faiss():
-        recall = None
-        notes.append("FAISS is not installed (pip install 'actstore[cpu]'): all rows were compared")
+        notes.append(problem)
     question = Question(run, acts, scorer, searched_qd, options, k, cosine, asked.barred)
     answer = search_index(question, way.searchers, recall=recall)
     if not answer.exact and asked.echo["query"] != "row":

@@ -1,5 +1,6 @@
 """What is asked for the nearest of? One vector for a row, a text or a document, or the vectors themselves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,17 +15,22 @@ from actstore.row_norms import row_norms
 from actstore.run import Run
 from actstore.targets import MAX_VALUE, Document, check_vectors
 from actstore.transforms import Transform
+from actstore.vector_index import VectorIndex
 
 from .answer import DEFAULT_MEMORY_BYTES, open_acts
 from .row_mask import sink_rule
 from .scores import Metric
 from .unit_tables import read_units
 
+Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 Int64s = npt.NDArray[np.int64]
 
 Barred: TypeAlias = list[tuple[int | None, int | None]]
 """For each query the row and the document that may not answer it."""
+
+_LARGEST = 2.0**50
+"""Of a query's numbers: the products and squares of larger ones may leave float32, in which indexes are searched."""
 
 _MAX_DOCUMENT_ROWS = 1 << 22
 """Longest document whose rows are averaged."""
@@ -152,6 +158,36 @@ def transform_queries(transform: Transform, vectors_qd: Float64s, metric: Metric
         )
     _check_direction(moved, metric, f"becomes all zeros by transform={list(transform.steps)}")
     return moved
+
+
+def narrow_queries(
+    vectors_qd: Float64s, indexes: Sequence[VectorIndex], metric: Metric
+) -> tuple[Float32s, str | None]:
+    """Return queries as indexes are searched for them, and why they must not be searched, if so.
+
+    What float32 cannot tell apart an index cannot find: numbers whose products leave its range, or queries that become zeros, to
+    which all rows are alike. Where scale changes no order, it is changed to what float32 has.
+
+    Args:
+        vectors_qd: Queries as rows of the hook point, shape (q, d_model).
+        indexes: All with one transform.
+        metric: Of the question.
+    """
+    if metric != "l2" and not any(index.transform_steps for index in indexes):
+        sizes_q1 = np.abs(vectors_qd).max(axis=1, keepdims=True)
+        some = sizes_q1 > 0 if metric == "cosine" else (sizes_q1 > 0) & (sizes_q1 < 1)
+        vectors_qd = vectors_qd / np.where(some, sizes_q1, 1.0)
+    is_large = bool(np.abs(vectors_qd).max() > _LARGEST)
+    narrow = np.clip(vectors_qd, -_LARGEST, _LARGEST).astype(np.float32)
+    for index in indexes if not is_large else ():
+        prepared = index.prepare(narrow)
+        is_large |= not bool(np.abs(prepared).max() <= _LARGEST)
+        if metric != "l2" and not prepared.any(axis=1).all():
+            return narrow, "a query is all zeros where the index compares: all rows were compared"
+    if is_large:
+        why = f"a query has values beyond {_LARGEST:.0e}, too large to search an index for: all rows were compared"
+        return narrow, why
+    return narrow, None
 
 
 def _check_direction(vectors_qd: Float64s, metric: Metric, what: str) -> None:

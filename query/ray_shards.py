@@ -238,7 +238,10 @@ class RayShards:
                 missing.pop(holder, None)  # nothing is asked of its shards
             elif holder not in missing:
                 actor = holder.actor
-                calls[actor.search.remote(vectors, k, effort, own)] = holder, actor
+                if actor is None:  # another thread has just given it up
+                    missing[holder] = self._ray.exceptions.RayError("its actor was lost in another search")
+                else:
+                    calls[actor.search.remote(vectors, k, effort, own)] = holder, actor
         if calls:
             self._ray.wait(list(calls), num_returns=len(calls), timeout=self._timeout_s)
         parts = []

@@ -120,6 +120,9 @@ class RowMask:
             InvalidInputError: a condition, pattern or selection that is none.
             NotFoundError: a row or document that does not exist.
         """
+        # Whoever finds rows through postings takes no such masks yet: to leave them out silently would be a wrong answer.
+        assert masks.exclude_docs is None, "only `Eligibility` leaves out documents"
+        assert not masks.has_next, "only `Eligibility` looks at what follows a row"
         self._tokenization = run.tokenization
         self._masks = masks
         self._sinks = sinks if masks.sinks else None

@@ -29,16 +29,25 @@ _BATCH_DOCUMENTS = 4096
 """Documents of which a predicate sees the columns at a time; with their text, a few megabytes."""
 
 
+def check_condition(where: str) -> None:
+    """Check that a condition is a text at all, which costs nothing.
+
+    Raises:
+        InvalidInputError: something else, or blank.
+    """
+    if not isinstance(where, str) or not where.strip():
+        raise bad_sql(
+            f"where= must be an SQL condition like \"source = 'web' AND position > 3\", got {where!r:.80}"
+        )
+
+
 def check_predicate(where: str) -> Checked:
     """Return what a predicate mentions, if it is one expression over one token and its document.
 
     Raises:
         InvalidInputError: not an expression, holds a subquery over tables, depends on chance, or smuggles in clauses.
     """
-    if not isinstance(where, str) or not where.strip():
-        raise bad_sql(
-            f"where= must be an SQL condition like \"source = 'web' AND position > 3\", got {where!r}"
-        )
+    check_condition(where)
     try:
         checked = check_statement(_statement(where), {_INPUT})
     except InvalidInputError as error:

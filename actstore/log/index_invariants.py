@@ -1,6 +1,7 @@
 """Does every index cover live units of its run, each once, and count their rows? (FORMAT.md, invariant I8)"""
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from actstore.log.state import State
@@ -35,14 +36,16 @@ def _problem(state: State, index: Collection) -> str | None:
     extra = [unit for unit in index.units if unit > len(shards)]
     if extra:
         return f"it has a unit {extra[0]}, and {len(shards)} shards"
+    live = sorted(run.units)
+    rows_before = list(itertools.accumulate((run.units[u].rows for u in live), initial=0))
     for number, unit in index.units.items():
         if number == 0 or not of_tokens:
             continue
         missing, rows = 0, 0
         for a, b in shards[number - 1]:
-            live = [stored.rows for u, stored in run.units.items() if a <= u < b]
-            missing += b - a - len(live)
-            rows += sum(live)
+            low, high = bisect_left(live, a), bisect_left(live, b)
+            missing += b - a - (high - low)
+            rows += rows_before[high] - rows_before[low]
         if missing or rows != unit.rows:
             return (
                 f"shard {number - 1} covers {missing} units that are not live, and has {unit.rows} rows where the others "

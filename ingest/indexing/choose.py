@@ -102,7 +102,15 @@ def lists_for(n_rows: int) -> int:
 
 
 def sample_rows(kind: str, params: dict[str, Any], *, n_rows: int, d: int, memory_bytes: int) -> int:
-    """Return how many rows an index is trained on: 0 of a kind that learns nothing, otherwise what memory allows."""
+    """Return how many rows an index is trained on: 0 of a kind that learns nothing, otherwise what memory allows.
+
+    Args:
+        kind: A kind.
+        params: What it is built with.
+        n_rows: Rows that there are.
+        d: Width of the rows as they are read.
+        memory_bytes: For two copies of the sample.
+    """
     if kind == "flat":
         return 0
     wanted = SAMPLE_PER_LIST * int(params["n_lists"]) if "n_lists" in params else 65_536

@@ -10,16 +10,21 @@ from actstore.errors import ErrorKind, InvalidInputError
 from actstore.faiss_file import load_faiss
 
 
+def check_device(device: str) -> None:
+    """Raise InvalidInputError for what is no device, whichever machine it is for."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidInputError(
+            ErrorKind.BAD_ARGUMENT, f"device {device!r:.80} cannot build an index: use auto, cpu or cuda"
+        )
+
+
 def resolve_device(device: str) -> str:
     """Return `cpu` or `cuda`; `auto` is `cuda` where FAISS finds a GPU.
 
     Raises:
         InvalidInputError: another device, or `cuda` where FAISS has no GPU.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InvalidInputError(
-            ErrorKind.BAD_ARGUMENT, f"device {device!r} cannot build an index: use auto, cpu or cuda"
-        )
+    check_device(device)
     if device == "cpu":
         return device
     faiss = load_faiss()

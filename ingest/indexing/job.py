@@ -16,8 +16,9 @@ from typing import Any, Final
 
 import actstore
 from actstore.checks import MAX_BYTES, check_whole
-from actstore.errors import ErrorKind, InvalidInputError, StorageError
+from actstore.errors import ConflictError, ErrorKind, InvalidInputError, StorageError
 from actstore.faiss_file import load_faiss
+from actstore.index_pieces import Piece, all_pieces, rows_of_shards
 from actstore.ingest.flow import Progress
 from actstore.ingest.unit_collection import ensure_collection, seal_collection
 from actstore.ingest.unit_job import run_unit_job
@@ -27,20 +28,17 @@ from actstore.stats import SINK_NORM_RATIO
 from actstore.storage import write_new
 from actstore.store import Store, open_store
 from actstore.transforms import fit_transform
-from actstore.vector_index import KIND, VectorIndex, index_id
+from actstore.vector_index import FORMAT, KIND, VectorIndex, index_id
 
 from .choose import choose_kind, default_memory_bytes, rows_per_shard
-from .gpu import resolve_device
+from .gpu import check_device, resolve_device
 from .measure import N_QUERIES, measure
 from .plan import (
-    Piece,
     Wanted,
-    all_pieces,
     covered_by,
     cut_shards,
     find_unfinished,
     generations,
-    rows_of_shards,
     uncovered,
 )
 from .rows import RowSource
@@ -52,13 +50,16 @@ SHARD_ROWS: Final = 1 << 20
 SAMPLE_BYTES: Final = 4 << 30
 """For the rows that an index is trained on."""
 
+_BEGIN_TRIES: Final = 10
+"""Each time another job has begun an index of the same hook point in between."""
+
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
     """What building an index did."""
 
-    index: str | None
-    """Id of the generation that was built, or is; None where nothing was left to index and nothing is."""
+    index: str
+    """Id of the generation that was built; of the newest one where nothing was left to index."""
     version: int
     is_complete: bool
     """Whether it is sealed, and so used."""
@@ -111,7 +112,8 @@ def build_index(
     """Index what of a hook point is not indexed yet, or finish an index that was begun; idempotent.
 
     Cost: all rows are read twice, to fill the index and to compare them with 1,000 queries. Memory per worker: at most 4 GiB for
-    training, and a shard's vectors (1 GiB at most, twice that while lists grow); here 8 bytes for each row besides.
+    training, and a shard's vectors (1 GiB at most, twice that while lists grow); here 8 bytes for each row, and the norms of at
+    most 1 GiB of rows, besides. Disk: twice a shard's bytes in each worker's folder for temporary files.
 
     Args:
         store: A store, or where it is.
@@ -146,7 +148,7 @@ def build_index(
         NotFoundError: no such run or hook point.
         InvalidInputError: a setting that cannot be, nothing stored yet, or an index that finds less than `recall_floor`
             (SELF_TEST_FAILED): it is not used, and the message has the figures.
-        ConflictError: another job builds the same with other settings, or took over.
+        ConflictError: another job took over.
         StorageError: storage or workers failed; run the same again.
         MissingDependencyError: FAISS is not installed.
     """
@@ -174,13 +176,13 @@ def build_index(
         seed=seed,
     )  # fmt: skip
     load_faiss()
+    check_device(device)
     resolve_device("cpu" if ray_address else device)
     build = _Build(store, opened, wanted, all_pieces(opened, wanted.of), kind, n_lists, rebuild=rebuild)
-    pieces = build.pieces_to_index()
-    if not pieces:
-        return build.report(None, 0, began)
     say = notice or (lambda _: None)
-    found = build.begin(pieces, memory_bytes=memory_bytes, shard_rows=shard_rows, say=say)
+    found = build.begin(memory_bytes=memory_bytes, shard_rows=shard_rows, say=say)
+    if found is None:
+        return build.report(None, 0, began)
     task = IndexTask(found.id, run, build.rows_of_units(found), build.transform_of(), device, SAMPLE_BYTES)
     stop = stop or threading.Event()
     done = 0
@@ -231,7 +233,31 @@ class _Build:
             return self.pieces
         return uncovered(self.pieces, covered_by(self.run, self.wanted))
 
-    def begin(
+    def begin(self, *, memory_bytes: int, shard_rows: int, say: Callable[[str], None]) -> Collection | None:
+        """Return the generation that was begun over what is to be indexed, or a new one; None if all is indexed.
+
+        Raises:
+            InvalidInputError: the run has nothing that could be indexed, or not so.
+            ConflictError: other jobs keep beginning indexes of this hook point.
+        """
+        for _ in range(_BEGIN_TRIES):
+            pieces = self.pieces_to_index()
+            if not pieces:
+                return None
+            try:
+                return self._begin(pieces, memory_bytes=memory_bytes, shard_rows=shard_rows, say=say)
+            except ConflictError as error:
+                if error.kind is not ErrorKind.CONFIG_DIFFERS:
+                    raise
+                # Another job has begun another index under the same number: this one gets the next.
+                self.run = self.run_now()
+        raise ConflictError(
+            ErrorKind.CONFIG_DIFFERS,
+            f"other jobs began indexes of {self.wanted.hook_point!r} in run {self.run.id!r} {_BEGIN_TRIES} times in a row: run "
+            "the same again when they have begun",
+        )
+
+    def _begin(
         self,
         pieces: Sequence[Piece],
         *,
@@ -256,7 +282,7 @@ class _Build:
         generation = int(found[-1].config["generation"]) + 1 if found else 0
         per_shard = rows_per_shard(choice.kind, d, shard_rows)
         config = {
-            "format": 1,
+            "format": FORMAT,
             "run": run.id,
             "run_fingerprint": run.collection.fingerprint,
             **wanted.config(),
@@ -314,7 +340,8 @@ class _Build:
 
     def report(self, id: str | None, units_this_job: int, began: float) -> IndexReport:
         """Return what there is now."""
-        self.store.refresh()
+        if id is not None:
+            self.store.refresh()
         run = self.run_now()
         sealed = covered_by(run, self.wanted)
         left = uncovered(all_pieces(run, self.wanted.of), sealed)

@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from actstore.errors import ErrorKind, InvalidInputError
+from actstore.errors import ErrorKind, InvalidInputError, StorageError
 from actstore.faiss_file import load_faiss
 
 from .gpu import build_on_gpu, cluster_on_gpus
@@ -212,11 +212,30 @@ def fill(index: Any, blocks: Blocks) -> Any:
 
 
 def to_file(index: Any) -> Path:
-    """Return a new temporary file that holds the index."""
+    """Return a new temporary file that holds the index; nothing is left of it where that fails.
+
+    Raises:
+        StorageError: the folder for temporary files is full, or fails.
+    """
     handle, path = tempfile.mkstemp(prefix="actstore-index-", suffix=".faiss")
     os.close(handle)
-    load_faiss().write_index(index, path)
+    try:
+        load_faiss().write_index(index, path)
+    except BaseException as error:
+        Path(path).unlink(missing_ok=True)
+        if not isinstance(error, RuntimeError):
+            raise
+        raise scratch_failed(error) from error
     return Path(path)
+
+
+def scratch_failed(error: Exception) -> StorageError:
+    """Return the error of a temporary file that cannot be written."""
+    return StorageError(
+        ErrorKind.STORAGE_FULL,
+        f"a shard's temporary file in {tempfile.gettempdir()} cannot be written ({str(error)[-200:]}): a worker needs twice a "
+        "shard's bytes there; free some, name a larger folder with TMPDIR, or build with fewer shard_rows",
+    )
 
 
 def serialise(index: Any) -> bytes:

@@ -1,8 +1,9 @@
 """How many of the true nearest does an index find? Measured with rows of its own as queries, against brute force.
 
 For each effort, number of neighbours and share of eligible rows: the mean share of the true `k` nearest that are among the
-candidates that a search would score exactly (`overfetch`). Vectors that equal one of the true nearest count as it: which of
-them an answer names is chance. Queries are rows of the index, drawn at random; the row itself does not answer.
+candidates that a search would score exactly (`overfetch`). A vector that equals one of the true nearest counts as it: which of
+equal ones an answer names is chance. It counts as one of them only, so equals of the last one make up for no other. Queries are
+rows of the index, drawn at random; the row itself does not answer.
 """
 
 import io
@@ -88,7 +89,8 @@ def measure(
     """Measure an index whose shards are all built; deterministic.
 
     Cost: every vector is compared with all queries once, and the index is searched with them at growing efforts. Memory: 8
-    bytes for each row, some 100 MB of answers, and a block of rows.
+    bytes for each row, the norms of at most 1 GiB of rows (`IndexShard.norms`), some 100 MB of answers however many shards
+    there are, and a block of rows.
 
     Args:
         index: The index, sealed or not.
@@ -121,19 +123,23 @@ def measure(
 
 def choose_queries(index: VectorIndex, *, seed: int, n: int) -> Int64s:
     """Return the numbers of `n` rows (documents) of an index at random, ascending; all if there are no more."""
-    fit = []
-    for shard in index.shards:
-        norms = shard.norms()
-        fit.append(np.flatnonzero(np.isfinite(norms) & ((norms > 0) | (index.metric != "cosine"))))
-    counts = np.cumsum([0, *map(len, fit)])
+    counts = np.cumsum([0, *(np.count_nonzero(_comparable(index, shard)) for shard in index.shards)])
     total = int(counts[-1])
     rng = np.random.default_rng([seed, 2])
     chosen = np.arange(total) if total <= n else np.sort(rng.choice(total, n, replace=False))
     parts = [np.empty(0, np.int64)]
-    for shard, some, low, high in zip(index.shards, fit, counts[:-1], counts[1:], strict=True):
+    for shard, low, high in zip(index.shards, counts[:-1], counts[1:], strict=True):
         here = chosen[(chosen >= low) & (chosen < high)] - low
-        parts.append(shard.rows_of(some[here]))
+        if len(here):
+            parts.append(shard.rows_of(np.flatnonzero(_comparable(index, shard))[here]))
     return np.sort(np.concatenate(parts))
+
+
+def _comparable(index: VectorIndex, shard: IndexShard) -> Bools:
+    """Return which ordinals of a shard are finite and, where the metric asks for it, not zeros; shape (n,)."""
+    norms = shard.norms()
+    found: Bools = np.isfinite(norms) & ((norms > 0) | (index.metric != "cosine"))
+    return found
 
 
 def filter_of(shard: IndexShard, share: float, *, seed: int) -> Bools:
@@ -227,10 +233,7 @@ class _Search:
 
     def candidates(self, n_queries: int, k: int, *, effort: int, share: float) -> Hashes:
         """Return the hashes of the best `k` of each query, best first; 0 where there are no more. Shape (q, m)."""
-        found_scores, found_hashes = (
-            [np.empty((n_queries, 0), np.float32)],
-            [np.empty((n_queries, 0), np.uint64)],
-        )
+        best_scores, best = np.empty((n_queries, 0), np.float32), np.empty((n_queries, 0), np.uint64)
         for shard, hashes in zip(self.index.shards, self.hashes, strict=True):
             bits = None
             if share != 1.0:
@@ -238,14 +241,18 @@ class _Search:
             # One more: the query's own row may be the best.
             scores, ordinals = shard.search(self.queries_qd[:n_queries], k + 1, effort=effort, bits=bits)
             own = shard.ordinals_of(self.own_rows[:n_queries])[:, None]
+            if not shard.n:
+                continue
             none = (ordinals == own) | (ordinals < 0)
-            found_scores.append(np.where(none, np.float32(-np.inf), scores))
-            found_hashes.append(
-                np.where(none, np.uint64(0), hashes[ordinals]) if shard.n else found_hashes[0]
+            scores = np.concatenate([best_scores, np.where(none, np.float32(-np.inf), scores)], axis=1)
+            found = np.concatenate([best, np.where(none, np.uint64(0), hashes[ordinals])], axis=1)
+            # Shard by shard: the answers of thousands of shards at once would not fit in memory.
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            best_scores, best = (
+                np.take_along_axis(scores, order, axis=1),
+                np.take_along_axis(found, order, axis=1),
             )
-        scores, found = np.concatenate(found_scores, axis=1), np.concatenate(found_hashes, axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(found, order, axis=1)
+        return best
 
     def hashes_of(self, truth: Truth) -> Hashes:
         """Return the hashes of the true nearest, 0 where there are no more; shape (q, k)."""
@@ -278,7 +285,7 @@ def _recalls(search: _Search, truth: Truth, *, floor: float, stop: threading.Eve
 
 
 def _recall(truth: Truth, best: Hashes, candidates: Hashes, k: int) -> float:
-    """Return the mean share of the true `k` nearest among the candidates."""
+    """Return the mean share of the true `k` nearest among the candidates, equal vectors in place of each other."""
     n_true = truth.n_found(k)
     some = np.flatnonzero(n_true)
     if not len(some):
@@ -287,11 +294,15 @@ def _recall(truth: Truth, best: Hashes, candidates: Hashes, k: int) -> float:
     known = np.unique(best[:, :k])
     is_true = truth.exists()[:, :k]
     queries = np.arange(len(best))[:, None] * len(known)
-    keys = (queries + np.searchsorted(known, best[:, :k]))[is_true]
+    wanted, n_wanted = np.unique((queries + np.searchsorted(known, best[:, :k]))[is_true], return_counts=True)
     place = np.minimum(np.searchsorted(known, candidates), len(known) - 1)
     is_known = (known[place] == candidates) & (candidates != 0)
-    hits = (is_known & np.isin(queries + place, keys)).sum(axis=1)
-    return float(np.mean(np.minimum(hits[some], n_true[some]) / n_true[some]))
+    given, n_given = np.unique((queries + place)[is_known], return_counts=True)
+    # A vector counts no oftener than it is among the true ones: many equals of the last one do not stand for the others.
+    both, of_wanted, of_given = np.intersect1d(wanted, given, assume_unique=True, return_indices=True)
+    n_both = np.minimum(n_wanted[of_wanted], n_given[of_given])
+    hits = np.bincount(both // len(known), n_both, minlength=len(best))
+    return float(np.mean(hits[some] / n_true[some]))
 
 
 def _queries_table(comparison: Comparison, truth: Truth | None) -> bytes:

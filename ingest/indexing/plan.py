@@ -1,7 +1,6 @@
-"""What is there to index, cut into shards, and is there a generation to finish? Pure functions of a store's state.
+"""What is left to index, cut into shards, and is there a generation to finish? Pure functions of a store's state.
 
-What is indexed are *pieces*: units of the run, or stretches of document numbers. A generation takes all pieces, or those that
-no sealed one of its family has.
+A generation takes all pieces (`actstore.index_pieces`) of what a run stores, or those that no sealed one of its family has.
 """
 
 from collections.abc import Sequence
@@ -10,21 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from actstore.index_pieces import Piece
 from actstore.log.values import Collection
-from actstore.pooled_tables import spanning_documents
 from actstore.run import Run
 from actstore.vector_index import Of, Purpose, VectorIndex, index_collections, open_indexes
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of what can be indexed, which no shard cuts."""
-
-    start: int
-    """A unit, or a document."""
-    stop: int
-    n: int
-    """Rows, or documents (those without a pooled token included)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +40,6 @@ class Wanted:
             "first_dims": self.first_dims,
             "seed": self.seed,
         }
-
-
-def all_pieces(run: Run, of: Of) -> list[Piece]:
-    """Return everything that a run stores so far, in order."""
-    live = run.collection.units
-    if of == "tokens":
-        return [Piece(unit, unit + 1, live[unit].rows) for unit in sorted(live) if live[unit].rows]
-    units = run.tokenization.units
-    spanning = dict(spanning_documents(units))
-    pieces = [Piece(doc, doc + 1, 1) for doc, spans in spanning.items() if all(u in live for u in spans)]
-    for unit in units:
-        if unit.unit not in live:
-            continue
-        first, last = int(unit.meta["first_doc"]), int(unit.meta["last_doc"])
-        whole = int(live[unit.unit].meta["pooled"]["documents"])
-        start, stop = first + (first in spanning), last + 1 - (last in spanning)
-        if whole and start < stop:
-            pieces.append(Piece(start, stop, whole))
-    return sorted(pieces, key=lambda piece: piece.start)
 
 
 def covered_by(run: Run, wanted: Wanted) -> list[VectorIndex]:
@@ -124,13 +93,6 @@ def cut_shards(pieces: Sequence[Piece], *, shard_rows: int) -> list[list[list[in
         else:
             ranges.append([piece.start, piece.stop])
     return shards
-
-
-def rows_of_shards(pieces: Sequence[Piece], shards: Sequence[Sequence[Sequence[int]]]) -> list[int]:
-    """Return what each shard counts: the pieces that lie in it."""
-    return [
-        sum(piece.n for piece in pieces if any(a <= piece.start < b for a, b in ranges)) for ranges in shards
-    ]
 
 
 def generations(run: Run, wanted: Wanted) -> list[Collection]:

@@ -1,6 +1,7 @@
 """How are the rows of a shard read, from first to last or a few of them? Rows of a hook point, or documents' pooled vectors.
 
-Blocks come in the order of ordinals. All of this is bounded by a block of rows and, for documents, one unit's vectors.
+Blocks come in the order of ordinals. All of this is bounded by a block of rows and, for documents, one unit's vectors and 8 bytes
+for each document of the shard.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from actstore.pooled import Pooled, PooledVectors
-from actstore.pooled_tables import spanning_documents
+from actstore.pooled import Pooled
 from actstore.run import Run
 from actstore.vector_index import IndexShard, Of
 
@@ -50,7 +50,7 @@ class RowSource:
             units = {unit for start, stop in ranges for unit in range(start, stop)}
             yield from self.run.activations(self.hook_point).scan(self.block_rows, units=units)
             return
-        for part in self._documents(ranges):
+        for part in self._pooled().scan(docs=_numbers(ranges)):
             for start in range(0, len(part), self.block_rows):
                 stop = start + self.block_rows
                 yield part.doc_ids[start:stop], part.vectors[start:stop]
@@ -64,47 +64,28 @@ class RowSource:
     def sample(self, ranges: Ranges, n: int, *, seed: int) -> Float32s:
         """Return about `n` vectors, at random but for lying side by side in short runs; all if there are no more.
 
-        Of documents it is chosen among their numbers. Memory: the answer.
+        Of documents it is chosen among their numbers. Memory: the answer, and 8 bytes for each 128 rows, or each document.
         """
         rng = np.random.default_rng([seed, 1])
         if self.of == "documents":
-            numbers = np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in ranges)])
+            numbers = _numbers(ranges)
             if n < len(numbers):
                 numbers = np.sort(rng.choice(numbers, n, replace=False))
             return self._pooled().documents(numbers).vectors
         acts = self.run.activations(self.hook_point)
         units = {unit for start, stop in ranges for unit in range(start, stop)}
         layout = acts.layout
-        runs = [
-            (unit, first, min(first + _RUN_ROWS, unit.n_rows))
-            for unit in layout.units
-            if unit.unit in units
-            for first in range(0, unit.n_rows, _RUN_ROWS)
-        ]
-        if n < sum(stop - first for _, first, stop in runs):
-            chosen = rng.permutation(len(runs))[: -(-n // _RUN_ROWS)]
-            runs = [runs[i] for i in np.sort(chosen).tolist()]
-        numbers = np.concatenate([np.empty(0, np.int64), *(layout.numbers(*run) for run in runs)])
-        return acts.read(numbers)
-
-    def _documents(self, ranges: Ranges) -> Iterator[PooledVectors]:
-        """Yield the documents of some ranges in order, about a unit's at a time."""
-        pooled = self._pooled()
-        units = self.run.tokenization.units
-        # Those that lie in several units are read together: each such call may read the merged table of all of them.
-        spanning = [doc for doc, _ in spanning_documents(units) if any(a <= doc < b for a, b in ranges)]
-        waiting = pooled.documents(spanning)
-        for unit in units:
-            first, stop = int(unit.meta["first_doc"]), int(unit.meta["last_doc"]) + 1
-            parts = [np.arange(max(first, a), min(stop, b)) for a, b in ranges if a < stop and b > first]
-            wanted = np.setdiff1d(np.concatenate([np.empty(0, np.int64), *parts]), spanning)
-            if len(wanted):
-                found = pooled.documents(wanted)
-                before = int(np.searchsorted(waiting.doc_ids, wanted[0]))
-                yield _cut(waiting, 0, before)
-                waiting = _cut(waiting, before, len(waiting))
-                yield found
-        yield waiting
+        stored = [unit for unit in layout.units if unit.unit in units]
+        n_runs = np.cumsum([0, *(-(-unit.n_rows // _RUN_ROWS) for unit in stored)])
+        chosen = np.arange(n_runs[-1])
+        if n < sum(unit.n_rows for unit in stored):
+            chosen = np.sort(rng.permutation(n_runs[-1])[: -(-n // _RUN_ROWS)])
+        at = np.searchsorted(n_runs, chosen, side="right") - 1
+        firsts = (chosen - n_runs[at]) * _RUN_ROWS
+        parts = [np.empty(0, np.int64)]
+        for unit, first in zip((stored[i] for i in at.tolist()), firsts.tolist(), strict=True):
+            parts.append(layout.numbers(unit, first, min(first + _RUN_ROWS, unit.n_rows)))
+        return acts.read(np.concatenate(parts))
 
     def _pooled(self) -> Pooled:
         assert self.pooling is not None, "documents have a pooling"
@@ -125,5 +106,6 @@ def shard_blocks(source: RowSource, shard: IndexShard) -> Iterator[tuple[int, In
         raise shard.index.broken(f"shard {shard.number} has {shard.n} rows, and {first} are stored")
 
 
-def _cut(part: PooledVectors, start: int, stop: int) -> PooledVectors:
-    return PooledVectors(part.doc_ids[start:stop], part.n_tokens[start:stop], part.vectors[start:stop])
+def _numbers(ranges: Ranges) -> Int64s:
+    """Return the numbers in some half-open ranges, which have none in common, ascending."""
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in sorted(ranges))])

@@ -4,18 +4,19 @@ Units are idempotent: their objects have keys of their own per attempt. Rows are
 a block, the norms of its rows, and the shard's vectors as the kind stores them.
 """
 
+import errno
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from actstore.errors import ErrorKind, StorageError
+from actstore.errors import ErrorKind, InvalidInputError, StorageError
 from actstore.ingest.unit import WrittenUnit
 from actstore.log.values import StoredObject
 from actstore.row_norms import row_norms
@@ -26,13 +27,16 @@ from actstore.vector_index import KIND, VectorIndex, prepare_rows
 
 from .choose import sample_rows
 from .gpu import resolve_device
-from .kinds import Part, index_kind
+from .kinds import Part, index_kind, scratch_failed
 from .rows import RowSource
 
 Float32s: TypeAlias = npt.NDArray[np.float32]
 Float64s: TypeAlias = npt.NDArray[np.float64]
 Int64s: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
+
+_LONGEST: Final = 2.0**62
+"""The squared distance of two vectors no longer than this is a float32 number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +92,10 @@ class IndexWriter:
         n_rows = sum(self._task.rows_of)
         packed = self._make_transform()
         transform = None if packed is None else Transform.from_bytes(packed)
+        # Rows are read whole, also where only their first dimensions are indexed.
+        widest = max(index.d, index.run.d_model(index.hook_point))
         n_sample = sample_rows(
-            index.kind, index.params, n_rows=n_rows, d=index.d, memory_bytes=self._task.sample_bytes
+            index.kind, index.params, n_rows=n_rows, d=widest, memory_bytes=self._task.sample_bytes
         )
         sample = np.empty((0, index.d), np.float32)
         if n_sample:
@@ -112,7 +118,12 @@ class IndexWriter:
         attempt, began = uuid.uuid4().hex, time.perf_counter()
         blocks = _Blocks(self, shard)
         trained, _ = self._load_trained()
-        parts = self._kind.build_shard(trained, iter(blocks), self._task.rows_of[shard + 1])
+        try:
+            parts = self._kind.build_shard(trained, iter(blocks), self._task.rows_of[shard + 1])
+        except OSError as error:
+            if isinstance(error, StorageError) or error.errno != errno.ENOSPC:
+                raise
+            raise scratch_failed(error) from error
         try:
             objects = self._write(shard, attempt, parts, blocks)
         finally:
@@ -202,13 +213,26 @@ class _Blocks:
 
 
 def _prepared(index: VectorIndex, rows_td: Float32s, transform: Transform | None) -> tuple[Int64s, Float32s]:
-    """Return which rows can be indexed, and them as FAISS sees them."""
+    """Return which rows can be indexed, and them as FAISS sees them.
+
+    Raises:
+        InvalidInputError: numbers whose squares FAISS's float32 cannot add up: it would end the process.
+    """
     vectors = prepare_rows(rows_td, transform, first_dims=index.first_dims, metric=index.metric)
     fit = np.isfinite(vectors).all(axis=1) & np.isfinite(rows_td).all(axis=1)
     if index.metric == "cosine":
         fit &= vectors.any(axis=1)
     places = np.flatnonzero(fit)
-    return places, vectors if len(places) == len(vectors) else vectors[places]
+    vectors = vectors if len(places) == len(vectors) else vectors[places]
+    largest = max(float(vectors.max(initial=0.0)), -float(vectors.min(initial=0.0)))
+    if index.purpose == "nearest" and largest * index.d**0.5 > _LONGEST:
+        raise InvalidInputError(
+            ErrorKind.TOO_LARGE,
+            f"numbers up to {largest:.3g} are to be indexed with metric {index.metric!r}: vectors longer than {_LONGEST:.3g} "
+            "cannot be compared in float32. Use metric='cosine', or a transform that scales or leaves out such dimensions "
+            "(standardise, drop_outliers), or ask without an index",
+        )
+    return places, vectors
 
 
 def _written(

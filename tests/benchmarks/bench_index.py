@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 import actstore
 from actstore.query.unit_tables import read_units
+from tests.benchmarks.peers.vector_search import Truth
 from tests.benchmarks.real_rows import DEFAULT_FOLDER, N_TOKENS, RUN, H, fill_store, make_run
 
 Row = tuple[str, float, str, str]
@@ -242,9 +243,10 @@ def questions(url: str, folder: Path) -> Iterator[Row]:
     run = actstore.open(url).run(RUN)
     queries, asked = np.load(folder / "queries.npy"), json.loads((folder / "questions.json").read_text())
     peers = {side: _peer(side, folder) for side in ("lancedb", "duckdb")}
+    truth = Truth(folder, queries)
     for name, question in asked.items():
-        times, hits = [], []
-        for i, query in enumerate(queries[: TIMED + 10]):
+        times, found = [], []
+        for query in queries[: TIMED + 10]:
             start = time.perf_counter()
             answer = run.nearest(
                 H,
@@ -257,8 +259,8 @@ def questions(url: str, folder: Path) -> Iterator[Row]:
                 **_PLAIN,
             )
             times.append((time.perf_counter() - start) * 1e3)
-            hits.append(len(set(answer.table["row"].to_pylist()) & set(question["truth"][i])) / K)
-        ours, recall = statistics.median(times[10:]), float(np.mean(hits))
+            found.append(answer.table["row"].to_pylist())
+        ours, recall = statistics.median(times[10:]), truth.recall(found, question["truth"])
         sides = {side: p["questions"][name] for side, p in peers.items() if p and name in p["questions"]}
         told = [f"{s} {p['median_ms']:.1f} ms at {p['recall']:.3f} ({p['how']})" for s, p in sides.items()]
         best = min((p["median_ms"] for p in sides.values()), default=float("nan"))

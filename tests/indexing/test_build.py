@@ -8,9 +8,12 @@ from sklearn.neighbors import NearestNeighbors
 
 import actstore
 from actstore.errors import ConflictError, ErrorKind, InvalidInputError, NotFoundError
+from actstore.index_list import list_indexes
 from actstore.ingest import build_index
+from actstore.ingest.indexing.rows import RowSource
+from actstore.ingest.indexing.task import IndexTask
 from actstore.log import fsck
-from actstore.vector_index import VectorIndex, open_indexes, sealed_indexes
+from actstore.vector_index import VectorIndex, index_collections, open_indexes, sealed_indexes
 from tests.indexing import indexed
 from tests.indexing.indexed import HOOK_POINT
 from tests.ingest import kept
@@ -177,6 +180,7 @@ def test_prepared_rows_are_what_they_are_alone(store):
         ({"n_queries": 0}, "n_queries must be"),
         ({"seed": -1}, "seed must be"),
         ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": "tpu", "ray_address": "local"}, "device 'tpu'"),
         ({"device": "cuda"}, "finds no GPU"),
         ({"workers": 2}, "workers must be 1"),
         ({"kind": "scan_sq8", "metric": "cosine"}, "do not go with it"),
@@ -390,6 +394,18 @@ def test_documents(tmp_path, seal):
     assert not fsck(store.storage, deep=True).n_problems
 
 
+def test_documents_without_a_vector_are_covered_too(tmp_path):
+    """Documents of special tokens alone have none: nothing is left to index of them."""
+    store = actstore.open(tmp_path / "s", create=True)
+    run = kept.KeptRun(store, "run", kept.tokenized(store, tmp_path / "tokenizer", n=40), keep=("pooled",))
+    run.finish()
+    report = build_index(store, "run", HOOK_POINT, of="documents", shard_rows=9, n_queries=3)
+    [listed] = list_indexes(store)
+    pooled = store.run("run").pooled(HOOK_POINT, "mean")
+    assert report.n_rows == listed["n_rows"] == len(pooled.to_numpy()) < pooled.n_documents
+    assert (report.n_uncovered, listed["coverage"]) == (0, 1.0)
+
+
 def test_an_index_that_finds_too_little_is_not_published(tmp_path):
     made = indexed.make(str(tmp_path / "s"))
     with pytest.raises(InvalidInputError, match=r"recall_floor is 0.99.*not published") as caught:
@@ -427,12 +443,134 @@ def test_a_damaged_entry_is_an_error_that_names_the_index(store):
     for changes in (
         {"d": 0}, {"d": "wide"}, {"shards": [[[3, 1]]]}, {"shards": None}, {"kind": "hnsw"}, {"metric": "dot"},
         {"run_fingerprint": "00"}, {"of": "rows"}, {"shards": [[[0, 1 << 60]]]}, {"transform": None},
+        {"first_dims": "few"}, {"first_dims": good.config["d"] - 1}, {"first_dims": -1},
     ):  # fmt: skip
         bad = dataclasses.replace(good, config={**good.config, **changes})
         with pytest.raises(actstore.FormatError, match="cannot be read") as caught:
             VectorIndex(run, bad)
         assert caught.value.kind is ErrorKind.INVARIANT_BROKEN
         assert good.id in str(caught.value)
+    with pytest.raises(actstore.FormatError, match="of format 2") as caught:
+        VectorIndex(run, dataclasses.replace(good, config={**good.config, "format": 2}))
+    assert caught.value.kind is ErrorKind.FORMAT_TOO_NEW
+
+
+def test_a_damaged_generation_is_an_error_and_no_crash(tmp_path):
+    """Generations are put in order before any is looked at."""
+    made = indexed.make(str(tmp_path / "s"), n_documents=4)
+    build_index(made.store, "run", HOOK_POINT, n_queries=5)
+    state = made.store.state
+    [(key, good)] = [(key, c) for key, c in state.collections.items() if key[0] == "index"]
+    for generation in (None, "first", [1]):
+        bad = dataclasses.replace(good, config={**good.config, "generation": generation})
+        made.store.state = dataclasses.replace(state, collections={**state.collections, key: bad})
+        with pytest.raises(actstore.FormatError, match="its generation is"):
+            index_collections(made.store.run("run"), HOOK_POINT, of="tokens", purpose="nearest")
+
+
+def test_a_job_that_begins_another_index_meanwhile_takes_nothing_away(tmp_path):
+    """Between looking which generations there are and creating one: each gets a number of its own, and is finished."""
+    url = str(tmp_path / "s")
+    indexed.make(url, n_documents=6)
+    other = []
+
+    def notice(_):
+        if not other:
+            other.append(None)
+            other[0] = build_index(url, "run", HOOK_POINT, metric="l2", n_queries=5)
+
+    report = build_index(url, "run", HOOK_POINT, metric="cosine", n_queries=5, notice=notice)
+    assert report.is_complete
+    assert other[0].is_complete
+    store = actstore.open(url)
+    generations = {
+        i.metric: i.generation
+        for i in sealed_indexes(store.run("run"), HOOK_POINT, of="tokens", purpose="nearest")
+    }
+    assert generations == {"l2": 0, "cosine": 1}
+    assert not fsck(store.storage, deep=True).n_problems
+
+
+def test_a_job_that_indexes_the_same_otherwise_meanwhile_leaves_nothing_to_do(tmp_path):
+    url = str(tmp_path / "s")
+    indexed.make(url, n_documents=6)
+    other = []
+
+    def notice(_):
+        if not other:
+            other.append(None)
+            other[0] = build_index(url, "run", HOOK_POINT, kind="ivf_sq8", n_queries=5, recall_floor=0.0)
+
+    report = build_index(url, "run", HOOK_POINT, kind="flat", n_queries=5, notice=notice)
+    assert (report.index, report.kind, report.units_this_job) == (other[0].index, "ivf_sq8", 0)
+
+
+def test_a_sample_fits_its_memory_as_it_is_read(tmp_path):
+    """Rows are read in all dimensions, though one is indexed."""
+    made = indexed.make(str(tmp_path / "s"), n_documents=150)
+    report = build_index(
+        made.store, "run", HOOK_POINT, kind="ivf_sq8", n_lists=64, first_dims=1, n_queries=5, recall_floor=0.0
+    )
+    n_rows = made.store.run("run").n_rows
+    assert n_rows > 3000
+    budget = 8 * WIDTH * 1200
+    rows_of = (0, n_rows)
+    written = IndexTask(report.index, "run", rows_of, None, "cpu", budget).open(made.store)(0)
+    assert 1100 < written.meta["n_sample"] <= 1200 + 128
+
+
+@pytest.mark.parametrize("rate", [None, 0.5])
+def test_a_sample_is_of_stored_rows_in_short_stretches(tmp_path, rate):
+    store = actstore.open(tmp_path / "s", create=True)
+    options = {} if rate is None else {"rate": rate}
+    run = kept.KeptRun(store, "run", kept.tokenized(store, tmp_path / "tokenizer"), **options)
+    run.finish()
+    opened = store.run("run")
+    acts = opened.activations(HOOK_POINT)
+    every = acts.read(acts.rows())
+    place = {row.tobytes(): at for at, row in enumerate(every)}
+    source = RowSource(opened, HOOK_POINT, "tokens", None)
+    units = [(0, len(opened.tokenization.units))]
+    assert source.sample(units, len(every), seed=1).tobytes() == every.tobytes()
+    some = source.sample(units, 130, seed=1)
+    assert 2 <= len(some) <= 256
+    places = [place[row.tobytes()] for row in some]
+    assert len(set(places)) == len(places)
+    assert places == sorted(places)
+    second = next(unit for unit in acts.layout.units if unit.unit == 1)
+    whole = acts.read(acts.layout.numbers(second, 0, second.n_rows))
+    assert source.sample([(1, 2)], 10**6, seed=1).tobytes() == whole.tobytes()
+    assert source.sample([], 5, seed=1).shape == (0, every.shape[1])
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf_sq8", "ivf_rabitq"])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_rows_whose_squares_overflow_are_an_error_and_the_process_lives(tmp_path, kind, metric):
+    """FAISS ends the process that clusters them; as directions, and with the cosine, they are indexed."""
+
+    def values(hook_point, tokens):
+        rows = np.random.default_rng(tokens[0].row).standard_normal((len(tokens), 4)) * 1e30
+        return rows.astype(np.float32)
+
+    made = indexed.make(str(tmp_path / "s"), n_documents=12, width=4, values=values)
+    with pytest.raises(
+        InvalidInputError, match=r"cannot be compared in float32\. Use metric='cosine'"
+    ) as caught:
+        build_index(made.store, "run", HOOK_POINT, kind=kind, metric=metric, n_queries=5)
+    assert caught.value.kind is ErrorKind.TOO_LARGE
+    assert open_indexes(made.store.refresh().run("run"), HOOK_POINT) == []
+    report = build_index(made.store, "run", HOOK_POINT, kind=kind, n_queries=5, recall_floor=0.0)
+    assert report.n_indexed == report.n_rows
+    assert build_index(made.store, "run", HOOK_POINT, kind="scan_sq8").is_complete
+
+
+def test_one_number_alone_is_looked_up(store):
+    build_index(store, "run", HOOK_POINT, kind="flat", rebuild=True, n_queries=5)
+    [index] = open_indexes(store.run("run"), HOOK_POINT, metric="cosine", transform_steps=())
+    shard = index.shards[0]
+    row = shard.rows_of(3)
+    assert row.shape == ()
+    assert shard.ordinals_of(row) == 3
 
 
 def test_two_writers_with_other_settings_do_not_mix(tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 
 from actstore.errors import InvalidInputError
+from actstore.index_pieces import Piece, rows_of_shards
 from actstore.ingest.indexing.choose import choose_kind, lists_for, row_bytes, rows_per_shard, sample_rows
-from actstore.ingest.indexing.plan import Piece, cut_shards, rows_of_shards
+from actstore.ingest.indexing.plan import cut_shards
 from actstore.vector_index import index_id
 
 GIB = 1 << 30

@@ -33,12 +33,19 @@ def whole(tmp_path_factory):
     run = kept.KeptRun(store, "run", kept.tokenized(store, folder / "tokenizer"), keep=("dense", "pooled"))
     run.finish()
     # Shards of other sizes each: objects of the same bytes are known by their hash, whichever was read.
-    for kind, metric, shard_rows in zip(KINDS, ("cosine", "l2", "ip"), (200, 260, 330), strict=True):
+    for kind, metric, shard_rows in zip(KINDS, ("cosine", "l2", "ip"), (150, 260, 330), strict=True):
         build_index(
             store, "run", HOOK_POINT, kind=kind, metric=metric, transform=STEPS[kind], shard_rows=shard_rows, n_queries=20,
             recall_floor=0.0,
         )  # fmt: skip
     build_index(store, "run", HOOK_POINT, of="documents", kind="flat", shard_rows=10, n_queries=20)
+    units = [
+        u for (kind, _), c in store.state.collections.items() if kind == "index" for u in c.units.values()
+    ]
+    norms = [obj.sha256 for unit in units for obj in unit.objects if "/norms-" in obj.key]
+    assert len(set(norms)) == len(norms), (
+        "or damage to one of two may go unnoticed, as the other is what was read"
+    )
     return Path(store.url), answers(store)
 
 

@@ -1,5 +1,6 @@
 """The recall that an index states, against an independent sample of queries and FAISS's own brute force."""
 
+import collections
 import functools
 
 import faiss
@@ -9,7 +10,8 @@ import pytest
 
 import actstore
 from actstore.ingest import build_index
-from actstore.ingest.indexing.measure import filter_of
+from actstore.ingest.indexing.measure import _recall, filter_of
+from actstore.ingest.indexing.truth import Truth
 from actstore.vector_index import VectorIndex, open_indexes
 from tests.indexing import indexed
 from tests.indexing.indexed import HOOK_POINT
@@ -173,6 +175,33 @@ def test_equal_rows_count_as_one_another(tmp_path, metric):
     )
     assert report.recall == 1.0
     assert report.measured[0]["recall"] == 1.0, "every vector's equals are in its own list"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_of_one_true_neighbour_stand_for_no_other(seed):
+    """Against multisets of vectors, one query at a time: a candidate counts for one true neighbour."""
+    rng = np.random.default_rng(seed)
+    n, k, n_candidates = 30, 10, 25
+    truth = Truth(n, k, share=1.0)
+    n_true = rng.integers(0, k + 1, n)
+    n_true[:2] = k
+    best = np.zeros((n, k), np.uint64)
+    for query, count in enumerate(n_true.tolist()):
+        truth.rows[query, :count] = np.arange(count)
+        best[query, :count] = rng.integers(1, 5, count)
+    candidates = rng.integers(0, 5, (n, n_candidates)).astype(np.uint64)
+    best[0, :5], best[0, 5:], candidates[0] = (
+        1,
+        2,
+        2,
+    )  # five are missed, though the sixth has equals enough for all
+    best[1], candidates[1] = 3, 3
+    shares = []
+    for wanted, given, count in zip(best.tolist(), candidates.tolist(), n_true.tolist(), strict=True):
+        common = collections.Counter(wanted[:count]) & collections.Counter(v for v in given if v)
+        shares += [common.total() / count] if count else []
+    assert shares[:2] == [0.5, 1.0]
+    assert _recall(truth, best, candidates, k) == pytest.approx(np.mean(shares), abs=1e-12)
 
 
 def test_another_seed_draws_other_queries_and_the_same_gives_the_same(store):

@@ -73,10 +73,10 @@ def add_index(
         filled.add_with_ids(np.ascontiguousarray(v[g]), np.flatnonzero(g))
         attempt = uuid.uuid4().hex
         folder = f"indexes/{name}/shards"
-        objects = (
-            write(store, f"{folder}/{s:06}-{attempt}.faiss", faiss.serialize_index(filled).tobytes()),
-            write(store, f"{folder}/norms-{s:06}-{attempt}.bin", row_norms(raw)[0].astype("<f8").tobytes()),
-        )
+        objects = (write(store, f"{folder}/{s:06}-{attempt}.faiss", faiss.serialize_index(filled).tobytes()),)
+        if len(raw):
+            norms = row_norms(raw)[0].astype("<f8").tobytes()
+            objects = (*objects, write(store, f"{folder}/norms-{s:06}-{attempt}.bin", norms))
         meta = {"n_indexed": int(g.sum())}
         actions.append(Add("index", name, 0, mark, s + 1, len(raw), 0, attempt, objects, meta))
     table = [

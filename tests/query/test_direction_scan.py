@@ -1,6 +1,7 @@
 """examples() through an index for directions: the scan's answer, byte for byte, and proved where it says so."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -288,3 +289,28 @@ def test_a_file_of_exceptions_that_is_something_else_is_told(small, tmp_path):
     with pytest.raises(FormatError, match="SHA-256"):
         actstore.open(made.url).run("run").examples(actstore.neuron(H, 0))
     assert run.examples(actstore.neuron(H, 0), use_index=False).meta.index is None
+
+
+def test_without_faiss(small, monkeypatch):
+    run, target = small.run("float32"), actstore.neuron(H, 3)
+    wanted = run.examples(target, 8).to_dicts()
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    found = run.examples(target, 8)
+    assert json.dumps(found.to_dicts()) == json.dumps(wanted)
+    assert found.meta.index is None
+    assert any("FAISS is not installed" in w for w in found.meta.warnings)
+
+
+@pytest.mark.parametrize(("memory", "is_proved"), [(4 << 20, True), (400_000, True), (20_000, False)])
+def test_many_directions_in_little_memory(large, memory, is_proved):
+    """They are looked at in groups, or, where the rows of one do not fit, found by a scan."""
+    run = large.run("plain")
+    acts = run.activations(H)
+    vectors_qd = np.random.default_rng(4).standard_normal((40, WIDTHS[H]))
+    indexes = open_indexes(run, H, purpose="directions")
+    scorer = ProjectionScorer(vectors_qd, "abs")
+    options = RowOptions(memory_bytes=memory)
+    found = find_along(run, acts, scorer, options, k=10, indexes=indexes)
+    wanted = find_rows(run, acts, scorer, RowOptions(), k=10)
+    assert [b.ranked() for b in found.report.best] == [b.ranked() for b in wanted.best]
+    assert found.index["certified"] is is_proved

@@ -456,3 +456,17 @@ def test_huge_queries(indexed):
         assert nearest_documents(run, H, query * scale, 5).table["doc_id"].to_pylist() == plain
     with pytest.raises(InvalidInputError, match="beyond float32"):
         nearest_documents(run, H, query * 1e100, 5, metric="l2", transform="centre")
+
+
+def test_tiny_queries(tmp_path):
+    """Below float32 too; and none at all, to which all documents are alike."""
+    store, tokenization = tokenized(tmp_path, 700, rows_per_unit=1024)
+    kept_run(store, "r", tokenization, keep=("pooled",)).finish()
+    build_index(store, "r", H, kind="flat", of="documents", metric="ip")
+    run, query = store.refresh().run("r"), np.random.default_rng(6).standard_normal(D)
+    for scale in (1e-44, 1e-60, 0.0):
+        found = nearest_documents(run, H, query * scale, 5, metric="ip")
+        exact = nearest_documents(run, H, query * scale, 5, metric="ip", exact=True)
+        assert found.to_dicts() == exact.to_dicts()
+        assert found.meta.exact == (scale == 0)
+        assert any("all zeros where the index compares" in w for w in found.meta.warnings) == (scale == 0)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from actstore import ingest
 from actstore.cli import main
 from actstore.errors import FormatError, InvalidInputError, StorageError
 from actstore.query.index_search import Found, LocalShards
+from actstore.run import Run
 from actstore.sampling import Sample
 from actstore.vector_index import open_indexes
 from tests.query.make_index import add_index
-from tests.query.make_store import add_run, make_store
+from tests.query.make_store import add_run, make_store, random_values
 from tests.query.naive import context_key, same
 
 H = "layers.0.resid_post"
@@ -255,6 +257,54 @@ def test_a_query_too_large_for_float32_is_compared_with_all(made, scale):
         assert any("too large to search an index" in w for w in found.meta.warnings)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-44, 1e-60, 1e-300])
+def test_a_query_too_small_for_float32_is_searched_by_its_direction(made, scale):
+    _, _, run = made
+    q = np.random.default_rng(4).standard_normal(D)
+    rows = run.nearest(H, q, 10, metric="ip")
+    found = run.nearest(H, q * scale, 10, metric="ip")
+    assert found.table["row"].to_pylist() == rows.table["row"].to_pylist()
+    assert [r["value"] / scale for r in found] == pytest.approx([r["value"] for r in rows], rel=1e-9)
+
+
+def test_to_a_query_of_zeros_all_rows_are_alike(made):
+    """An index would return any of them, and say that it is sure."""
+    _, plain, run = made
+    for queries in (np.zeros(D), np.stack([np.zeros(D), np.ones(D)])):
+        found = run.nearest(H, queries, 10, metric="ip")
+        assert same(found.to_dicts(), plain.nearest(H, queries, 10, metric="ip").to_dicts())
+        assert (found.meta.exact, searched(found)) == (True, [None])
+        assert any("all zeros where the index compares" in w for w in found.meta.warnings)
+
+
+def test_a_run_opened_before_it_had_all_units(made):
+    """Its store has moved on to an index of rows that it lacks."""
+    _, _, run = made
+    units = {u: run.collection.units[u] for u in range(5)}
+    older = Run(run.store, replace(run.collection, units=units, seal=None))
+    found = older.nearest(H, 530, 10)
+    assert (found.meta.exact, found.meta.index) == (True, None)
+    assert same(found.to_dicts(), run.nearest(H, 530, 10, exact=True, rows=slice(0, 5 * 512)).to_dicts())
+
+
+def test_a_shard_without_rows(tmp_path):
+    """Of a unit of which a sample keeps nothing."""
+    made = make_store(str(tmp_path / "s"), seed=7, n_documents=100, rows_per_unit=64)
+    add_run(made, "run", {H: D}, random_values(3, {H: D}), sample=Sample(0.02, 3))
+    units = made.run().collection.units
+    empty = next(u for u in sorted(units) if not units[u].rows)
+    others = [(a, b) for a, b in ((0, empty), (empty + 1, len(units))) if a < b]
+    run = add_index(made.run(), H, shards=[[(empty, empty + 1)], others], kind="flat")
+    [index] = open_indexes(run, H)
+    assert index.shards[0].n == 0
+    query = index.prepare(np.ones((2, D), np.float32))
+    found = LocalShards(index).search(query, 5, effort=0)
+    bits = {1: np.full(-(-index.shards[1].n // 8), 255, np.uint8)}
+    alone = LocalShards(index).search(query, 5, effort=0, bits=bits)
+    assert (found.rows == alone.rows).all()
+    assert (found.rows >= 0).all()
+
+
 def test_what_the_answer_says_of_itself(made):
     _, _, run = made
     found = run.nearest(H, 530, 10)
@@ -332,6 +382,23 @@ def test_shards_elsewhere_answer_like_those_here(made):
         run.nearest(H, 530, 30, shards=LocalShards(index), metric="l2")
 
 
+def test_shards_of_another_store(made, tmp_path):
+    """Its index has the same name, and other rows."""
+    _, _, run = made
+    other = make_store(str(tmp_path / "s"), seed=7, n_documents=300, rows_per_unit=512)
+    add_run(other, "run", {H: D}, tied_values(2))
+    n = len(other.run().collection.units)
+    [theirs] = open_indexes(add_index(other.run(), H, shards=[[(0, 3)], [(3, n - 2)]], n_lists=64), H)
+    [ours] = open_indexes(run, H, metric="cosine", transform_steps=())
+    assert (theirs.id, theirs.unit_ranges) == (ours.id, ours.unit_ranges)
+    with pytest.raises(InvalidInputError, match="another one of that name"):
+        run.nearest(H, 530, 5, shards=LocalShards(theirs))
+    again = actstore.open(run.store.url).run("run")
+    [same_index] = open_indexes(again, H, metric="cosine", transform_steps=())
+    found = run.nearest(H, 530, 5, shards=LocalShards(same_index))
+    assert same(found.to_dicts(), run.nearest(H, 530, 5).to_dicts())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -342,6 +409,10 @@ def test_shards_elsewhere_answer_like_those_here(made):
         ({"recall": True}, "recall must be"),
         ({"exact": "yes"}, "exact must be"),
         ({"of": "latents"}, "of must be"),
+        ({"metric": np.array(["ip", "l2"])}, "metric must be"),
+        ({"fold": np.array(["doc", "doc"])}, "fold must be"),
+        ({"where": 5}, "where= must be an SQL condition"),
+        ({"shards": 3}, "shards= takes what searches"),
         ({"of": "documents", "rows": [1]}, "docs="),
         ({"transform": ["rotate"]}, "rotate"),
         ({"metric": "dot"}, "metric must be"),

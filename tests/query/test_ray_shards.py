@@ -228,6 +228,28 @@ def test_an_actor_that_hangs_is_given_up(ray, index):
         assert actor not in shards.actors.values()
 
 
+class DroppedByAnother(RayShards):
+    """As if another thread gave up an actor after this one had seen to it that all are there."""
+
+    def _place_actors(self, timeout_s):
+        missing = super()._place_actors(timeout_s)
+        if getattr(self, "drops", False):
+            holder = self._holders[0]
+            self._drop(holder, holder.actor)
+            self.drops = False
+        return missing
+
+
+def test_an_actor_that_another_search_gave_up(ray, index):
+    with DroppedByAnother(index, actors=3) as shards:
+        alone = shards.search(queries(), 8, effort=4)
+        [lost] = shards._holders[0].numbers
+        shards.drops = True
+        with pytest.raises(StorageError, match=f"rows were not searched .shard {lost} of units"):
+            shards.search(queries(), 8, effort=4)
+        assert shards.search(queries(), 8, effort=4).rows.tolist() == alone.rows.tolist()
+
+
 def test_lost_shards_that_are_not_asked_are_not_missed(ray, index):
     with RayShards(index, actors=3) as shards:
         [((lost,), actor), ((other,), _), _] = shards.actors.items()

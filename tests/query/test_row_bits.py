@@ -8,6 +8,7 @@ import pytest
 from actstore.errors import InvalidInputError, NotFoundError
 from actstore.query.answer import RowOptions, find_rows, open_acts
 from actstore.query.row_bits import bits_to_rows, document_rows, read_row_bits, set_bits
+from actstore.query.row_mask import RowMask
 from actstore.query.scores import NeuronScorer
 from actstore.sampling import Sample
 from tests.query.make_store import WORDS, add_run, make_store, random_values
@@ -177,6 +178,14 @@ def test_rows_taken_out(made):
     kept = sorted(row for s in shards for row in bits_to_rows(fewer[s.number], s).tolist())
     assert kept == [row for row in before if row not in {*taken.tolist(), before[0]}]
     assert rows_left(found, shards) == before
+
+
+def test_rows_given_by_number_know_no_masks_of_documents_left_out_or_next_tokens(made):
+    """To ignore a mask would be a wrong answer."""
+    run = made.run()
+    for options in (RowOptions(exclude_docs=[1]), RowOptions(has_next=True)):
+        with pytest.raises(AssertionError, match="only `Eligibility`"):
+            RowMask(run, options.masks, sinks=None, norms=lambda rows: rows * 0.0, memory_bytes=1 << 20)
 
 
 def test_set_bits():
