@@ -78,3 +78,34 @@ def from_texts(texts: Sequence[str]) -> pa.Array:
     np.cumsum([len(text) for text in encoded], out=offsets[1:])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
     return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
+
+
+def take_texts(texts: pa.StringArray, places: npt.NDArray[np.integer[Any]]) -> pa.StringArray:
+    """Return some texts of a column, repeats allowed; null stays null. Of at most 2 GiB together.
+
+    Arrow's own `take` is a compute function, and importing those takes longer than all the rest of a short question.
+
+    Args:
+        texts: Strings with 32-bit offsets.
+        places: Indexes into it, shape (n,), each at least 0 and below its length.
+
+    >>> take_texts(pa.array(["a", None, "bc"]), np.array([2, 1, 2])).to_pylist()
+    ['bc', None, 'bc']
+    """
+    n = len(places)
+    if not n:
+        return texts[:0]
+    valid, offsets, data = texts.buffers()
+    at = np.asarray(places, np.int64) + texts.offset
+    bounds = np.frombuffer(offsets, np.int32)
+    starts = bounds[at].astype(np.int64)
+    lengths = bounds[at + 1] - starts
+    ends = np.cumsum(lengths)
+    source = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+    letters = np.empty(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)[source]
+    known = None
+    if valid is not None:
+        bits = np.frombuffer(valid, np.uint8)[at >> 3] >> (at & 7).astype(np.uint8) & 1
+        known = pa.py_buffer(np.packbits(bits, bitorder="little"))
+    kept = np.concatenate([[0], ends]).astype(np.int32)
+    return pa.Array.from_buffers(texts.type, n, [known, pa.py_buffer(kept), pa.py_buffer(letters)])

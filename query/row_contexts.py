@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actstore.arrow_arrays import from_numbers, from_texts
+from actstore.arrow_arrays import from_numbers, from_texts, take_texts
 from actstore.tokenization import Tokenization
 
 from .context import CONTEXT_TYPE
@@ -146,7 +146,7 @@ def describe_shown(
         "doc_id": from_numbers(shown.doc_id, pa.int64()),
         "position": from_numbers(shown.position, pa.int32()),
         "token_id": from_numbers(shown.token_id[at], pa.int32()),
-        "token": tokens.take(from_numbers(at, pa.int64())),
+        "token": take_texts(tokens, at),
         "value": from_numbers(values[at] if own is None else own, pa.float64()),
         "context": context,
     }

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actstore.arrow_arrays import from_numbers, from_texts, to_array
+from actstore.arrow_arrays import from_numbers, from_texts, take_texts, to_array
 from actstore.codec.cache import BytesCache
 from actstore.corpus import DOC_ID, TEXT, Corpus
 from actstore.errors import ErrorKind, FormatError, NotFoundError
@@ -106,13 +106,16 @@ class Words:
         """Return the tokens' texts; a number the vocabulary lacks reads as `<number>`."""
         numbers = np.asarray(token_ids, np.int64)
         known = (numbers >= 0) & (numbers < len(self.texts))
-        places = from_numbers(
-            np.where(known, numbers, 0), pa.int64(), missing=None if known.all() else ~known
-        )
-        found = self.texts.take(places)
-        if found.null_count == 0:
-            return found
-        told = zip(found.to_pylist(), numbers.tolist(), strict=True)
+        if known.all():
+            found = take_texts(self.texts, numbers)
+            if found.null_count == 0:
+                return found
+        texts: list[str | None] = [None] * len(numbers)
+        for place, text in zip(
+            np.flatnonzero(known).tolist(), take_texts(self.texts, numbers[known]).to_pylist(), strict=True
+        ):
+            texts[place] = text
+        told = zip(texts, numbers.tolist(), strict=True)
         return from_texts([f"<{n}>" if text is None else text for text, n in told])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from actstore.arrow_arrays import NUMPY_TYPES, from_numbers, from_texts, to_array
+from actstore.arrow_arrays import NUMPY_TYPES, from_numbers, from_texts, take_texts, to_array
 
 KINDS = [kind for kind in NUMPY_TYPES if kind != pa.bool_()]
 
@@ -57,3 +57,21 @@ def test_pandas_is_not_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("with_nulls", [False, True])
+@pytest.mark.parametrize("cut", [slice(0, 40), slice(3, 40), slice(9, 33), slice(8, 17)])
+def test_texts_are_taken_as_arrow_takes_them(with_nulls, cut):
+    rng = np.random.default_rng(2)
+    words = ["", "a", "naïve", "漢字", "🙂", "\n", "long " * 9]
+    told = [words[i] for i in rng.integers(0, len(words), 40)]
+    column = pa.array([None if with_nulls and i % 3 == 0 else t for i, t in enumerate(told)], pa.string())[
+        cut
+    ]
+    for n in (0, 1, 7, 100):
+        places = rng.integers(0, len(column), n)
+        found = take_texts(column, places)
+        found.validate(full=True)
+        assert found.to_pylist() == column.take(pa.array(places, pa.int64())).to_pylist()
+    empty = pa.array(["", "", None], pa.string())
+    assert take_texts(empty, np.array([2, 0])).to_pylist() == [None, ""]
