@@ -62,6 +62,7 @@ bench-index: setup
 	test -x $(LANCEDB)/bin/python || $(PYTHON) -m venv $(LANCEDB)
 	$(LANCEDB)/bin/python -m pip install --quiet --disable-pip-version-check lancedb==0.40.0 duckdb==2.0.0 numpy pyarrow
 	$(BIN)/python -m tests.benchmarks.bench_index
+	$(BIN)/python -m tests.benchmarks.bench_directions
 
 # Long fault-injection and kill campaigns, and every slow test.
 campaign: setup

@@ -189,6 +189,8 @@ def build(url: str, folder: Path) -> Iterator[Row]:
     """Yield time and memory of building, beside FAISS."""
     ours_s, ours_mib, steps = _child(_OURS, url, RUN, H)
     print(steps, file=sys.stderr)
+    # The step after which every vector is in its shard: what FAISS does not do comes then.
+    built_s = next(float(line.split()[0]) for line in steps.splitlines() if "comparing" in line)
     found = _index(url)
     n_lists = int(found.params["n_lists"])
     faiss_s, faiss_mib, _ = _child(
@@ -198,8 +200,8 @@ def build(url: str, folder: Path) -> Iterator[Row]:
         found.params.get("n_sample", 64 * n_lists),
         folder / "raw.faiss",
     )
-    note = f"{ours_s:.0f} against {faiss_s:.0f} s, recall measured too; {n_lists} lists; goal 1.2"
-    yield "build, time against FAISS", ours_s / faiss_s, "x", note
+    note = f"{built_s:.0f} against {faiss_s:.0f} s, {n_lists} lists; goal 1.2; measuring the recall takes {ours_s - built_s:.0f} s more"
+    yield "build, time against FAISS", built_s / faiss_s, "x", note
     note = f"{ours_mib:,.0f} against {faiss_mib:,.0f} MiB above the start; goal 1.2"
     yield "build, memory against FAISS", ours_mib / faiss_mib, "x", note
 
