@@ -1,7 +1,8 @@
 """What does `actstore sae COMMAND ...` run? Dictionaries: train one, import one, encode stored rows with one."""
 
 import argparse
-import importlib
+
+from .subcommands import add_subcommands, run_subcommand
 
 COMMANDS = {
     "train": (
@@ -23,18 +24,8 @@ HELP = "train, import or encode with a sparse autoencoder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (module, line) in COMMANDS.items():
-        implementation = importlib.import_module(module)
-        command = commands.add_parser(name, help=line, description=line)
-        # Kept from overwriting a --json that stands before the sub-command.
-        command.add_argument(
-            "--json", action="store_true", default=argparse.SUPPRESS, help="print machine-readable JSON"
-        )
-        implementation.add_arguments(command)
-        command.set_defaults(run_sae=implementation.run)
+    add_subcommands(parser, COMMANDS)
 
 
 def run(args: argparse.Namespace) -> int:
-    code: int = args.run_sae(args)
-    return code
+    return run_subcommand(args)
