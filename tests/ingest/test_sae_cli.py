@@ -29,7 +29,7 @@ def test_each_runs_its_own_module(flags):
         line = ["sae", *before, *arguments, *behind]
         args = _parser(line).parse_args(line)
         assert args.run is sae.run
-        assert args.run_sae is module.run
+        assert args.run_subcommand is module.run
         assert args.json is bool(before or behind)
 
 
